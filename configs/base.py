@@ -1,0 +1,98 @@
+"""What no method decides: model, data, mesh, lengths, evaluations; and the scales.
+
+A method's file writes the paper's numbers; its last line lays a scale over them with `at`.  A model's scale adds
+model, data, lengths and mesh and changes nothing that the paper states.  `embedded`, the default, also replaces what
+belongs to size: steps, batch, lengths, optimizer and rates, BM25 over the world as retriever; then comes what the
+method passes as `embedded`, and --config.a.b=value comes last.
+"""
+from ml_collections import ConfigDict
+
+
+def get_config():
+  """Entries that every config has."""
+  c = ConfigDict(type_safe=False)
+  c.name = ''
+  c.seed = 0
+  c.steps = 1
+  c.stages = {}
+  c.mesh = dict(data=1, fsdp=-1, tensor=1)
+  c.model = dict(variant='tiny', shape={}, tokenizer=dict(vocab_size=1000), init='normal', lora={}, critic='none',
+                 reference=True)
+  c.data = dict(questions_per_step=1, source=dict(name='files', corpus_path='', train='', validation='', test='',
+                                                  format=None, seed=-1))
+  c.retriever = dict(name='bm25', topk=3)
+  c.tools = dict(deadline_seconds=60.0)
+  c.engine = dict(name='simple', rows=64, contexts=(2048, 4096), max_new_tokens=512)
+  c.length = dict(prompt=2048, turn=500, observation=500, total=4096, buckets=((64, 4096),))
+  c.combine = dict(name='weighted_sum')
+  c.train_roles = dict(policy=1.0)
+  c.updates = dict(minibatches=1, epochs=1, microbatch_rows=8, old_logp='trainer')
+  c.evals = dict(every=100, split='validation', num=256, final_split='test', final_num=512,
+                 modes=('sampled', 'greedy'), episodes=20)
+  c.checkpoint = dict(every=50, keep=2)
+  c.tensorboard = True
+  c.max_failed_share = 0.05
+  return c
+
+
+def _qwen(variant):
+  """Scale of a Qwen2.5 checkpoint; its files are named on the command line."""
+  return dict(
+      model=dict(variant=variant, tokenizer=dict(path='')),
+      retriever=ConfigDict(dict(name='http', url='http://127.0.0.1:8000/retrieve', topk=3)),
+      engine=dict(rows=256, contexts=(512, 1024, 2048, 4096), max_new_tokens=512),
+      updates=dict(microbatch_rows=64))
+
+
+_MUON = dict(name='muon', momentum=0.95, steps=5, adam_scale=0.2, b1=0.9, b2=0.95, clip_norm=1.0)
+_WORLD = dict(name='embedded', preset='demo', seed=-1, num_entities=1000, num_famous=12, num_train=5400,
+              num_validation=256, num_test=512, redraw_names=True, block=8, demonstrations=None)
+
+SCALES = {
+    'embedded': dict(
+        steps=60,
+        mesh=dict(data=-1, fsdp=1),
+        model=dict(init='copy_heads', reference=False),
+        data=dict(questions_per_step=32, source=ConfigDict(_WORLD)),
+        retriever=ConfigDict(dict(name='bm25', topk=2, title_weight=2)),
+        engine=dict(rows=64, contexts=(32, 96, 160, 256), max_new_tokens=24),
+        length=dict(prompt=40, turn=24, observation=80, total=256,
+                    buckets=((32, 96), (32, 160), (32, 256))),
+        protocol=dict(max_searches=3, prompt='question', reminder='short', separator='', document=' {title} : {text}'),
+        schedule=dict(kl_coef=0.0, entropy_coef=0.0,
+                      lr=ConfigDict(dict(name='linear', start=3e-3, stop=3e-4, steps=60))),
+        optimizer=ConfigDict({**_MUON, 'adam_scale': 0.1}),
+        updates=dict(minibatches=1, epochs=1, microbatch_rows=8, old_logp='sampler'),
+        evals=dict(every=20, num=256),
+        checkpoint=dict(every=20)),
+    'qwen2_5_3b': _qwen('qwen2_5_3b'),
+    'qwen2_5_7b': _qwen('qwen2_5_7b'),
+}
+
+
+def _lay(over, c):
+  """Lays nested entries over a config; a ConfigDict replaces an entry whole."""
+  for name, value in over.items():
+    if isinstance(value, dict) and isinstance(c.get(name), ConfigDict):
+      _lay(value, c[name])
+    else:
+      c[name] = value
+
+
+def at(scale, c, embedded=None, cold_start=None):
+  """Returns the method's config at a scale.
+
+  Args:
+    scale: name of the scale.
+    c: the method's config.
+    embedded: the method's own changes at scale `embedded`.
+    cold_start: the stage that `embedded` puts before it; None for the standard one.
+  """
+  if scale not in SCALES:
+    raise ValueError(f'scale {scale!r}; known: {sorted(SCALES)}')
+  _lay(SCALES[scale], c)
+  if scale == 'embedded':
+    _lay(embedded or {}, c)
+    from configs import cold_start as standard  # it builds on this file
+    c.stages = {'cold_start': (cold_start or standard.get_stage)(c)}
+  return c

@@ -1,0 +1,127 @@
+"""The reference sampler: every request is prefilled from nothing, and one poll finishes all of them."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+from jax.sharding import Mesh, PartitionSpec as P
+import numpy as np
+
+from rlsearch import parallel
+from rlsearch.data import stops as stops_lib
+from rlsearch.data.tokenizer import Tokenizer
+from rlsearch.models import decode, heads, transformer
+from rlsearch.models.model import Model
+from rlsearch.types import FORCED, POLICY, Engine, Ids, Request, Turn
+
+
+def row_key(uid: tuple[int, ...]) -> np.ndarray:
+  """Returns u32[2], the data of the key of a request: a function of its coordinates alone.
+
+  The length goes in as well, because NumPy gives (1,) and (1, 0) one sequence.
+  """
+  return np.random.SeedSequence((len(uid), *uid)).generate_state(2, np.uint32)
+
+
+def _bucket(length: int, buckets: Sequence[int]) -> int:
+  for size in buckets:
+    if length <= size:
+      return size
+  raise ValueError(f'a context of {length} tokens: the largest of config.engine.contexts={list(buckets)} is smaller')
+
+
+def simple(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *, rows: int, contexts: Sequence[int],
+           max_new_tokens: int) -> Engine:
+  """Returns an engine that sorts requests by length, pads them into a few shapes and samples them in jitted calls.
+
+  Rows are divided over the mesh's first axis and each device runs its own decode loop, so sampling holds no
+  collective.  Stays for ever as the reference that other engines are tested against.
+
+  Args:
+    model: whose policy samples.
+    tok: for the bytes of tokens and the end token.
+    stops: strings that end a turn; the completing token is kept whole.
+    mesh: the sampler's own; its devices divide the rows.
+    rows: of one call; a multiple of the mesh's devices.
+    contexts: lengths that a context is padded to, rising; one compiled program each.
+    max_new_tokens: size of a turn's buffer.
+
+  Raises:
+    ValueError: impossible sizes, here; a context longer than the largest bucket, in poll.
+  """
+  num_devices = mesh.devices.size
+  if rows % num_devices:
+    raise ValueError(f'config.engine.rows={rows}: not a multiple of the sampler\'s {num_devices} devices')
+  if list(contexts) != sorted(set(contexts)) or not contexts:
+    raise ValueError(f'config.engine.contexts={list(contexts)}: wants rising lengths')
+  automaton = parallel.to_replicated(stops_lib.automaton(tok.token_bytes, stops), mesh)
+  axes = P(mesh.axis_names)
+  body = partial(decode.sample_turn, model.config, max_new_tokens, tok.vocab_size, tok.eos_id)
+  sample = jax.jit(jax.shard_map(
+      body, mesh=mesh, in_specs=(P(), axes, axes, axes, axes, axes, P()), out_specs=axes, check_vma=False))
+  score = jax.jit(partial(_mean_logp, model))
+  waiting: list[Request] = []
+  state = {'params': None, 'version': -1}
+  counts = {'generated_tokens': 0, 'prefilled_tokens': 0, 'padded_tokens': 0}
+
+  def set_params(params, version):
+    state['params'], state['version'] = params, version
+
+  def launch(batch):
+    length = _bucket(max(len(r.context_ids) + len(r.forced_ids) for r in batch), contexts)
+    tokens, lengths = np.zeros((rows, length), np.int32), np.zeros(rows, np.int32)
+    keys, temperature, limit = np.zeros((rows, 2), np.uint32), np.zeros(rows, np.float32), np.zeros(rows, np.int32)
+    for i, r in enumerate(batch):
+      ids = np.concatenate([r.context_ids, r.forced_ids])
+      tokens[i, :len(ids)], lengths[i] = ids, len(ids)
+      keys[i], temperature[i], limit[i] = row_key(r.uid), r.temperature, min(r.max_tokens, max_new_tokens)
+    counts['prefilled_tokens'] += int(lengths.sum())
+    counts['padded_tokens'] += int(tokens.size - lengths.sum())
+    return sample(state['params'], tokens, lengths, keys, temperature, limit, automaton)
+
+  def to_turn(r, ids, logp, count, stopped):
+    ids, logp = ids[:count], logp[:count]
+    counts['generated_tokens'] += int(count)
+    token_ids = np.concatenate([r.forced_ids, ids]).astype(np.int32)
+    role = np.concatenate([np.full(len(r.forced_ids), FORCED), np.full(count, POLICY)]).astype(np.int8)
+    logps = np.concatenate([np.zeros(len(r.forced_ids)), logp]).astype(np.float32)
+    return Turn(token_ids, logps, role, state['version'], tok.decode(token_ids), bool(stopped))
+
+  def poll():
+    if not waiting:
+      return []
+    order = sorted(waiting, key=lambda r: len(r.context_ids) + len(r.forced_ids))
+    waiting.clear()
+    batches = [order[i:i + rows] for i in range(0, len(order), rows)]
+    launched = [launch(batch) for batch in batches]                     # all dispatched before the first is read
+    finished = []
+    for batch, out in zip(batches, launched, strict=True):
+      out = jax.device_get(out)
+      finished += [(r, to_turn(r, *(np.asarray(x[i]) for x in out))) for i, r in enumerate(batch)]
+    return finished
+
+  def logprob(prefixes: Sequence[Ids], targets: Sequence[Ids]) -> np.ndarray:
+    result = []
+    for prefix, target in zip(prefixes, targets, strict=True):
+      length = _bucket(len(prefix) + len(target), contexts)
+      tokens = np.zeros((1, length), np.int32)
+      tokens[0, :len(prefix) + len(target)] = np.concatenate([prefix, target])
+      result.append(score(state['params'], tokens, len(prefix), len(target)))
+    return np.asarray(jax.device_get(result), np.float32)
+
+  def take_counts():
+    taken = dict(counts)
+    counts.update(dict.fromkeys(counts, 0))
+    return taken
+
+  return Engine(waiting.extend, poll, lambda keys: None, set_params, logprob, take_counts)
+
+
+def _mean_logp(model: Model, params, tokens, start, count):
+  """Mean log p(tokens[start : start + count] | what is left of them), f32[]."""
+  positions = np.arange(tokens.shape[1])[None]
+  hidden = transformer.forward(model.config, params, tokens, positions, transformer.causal)
+  logp, _ = heads.token_stats(model.config, params, hidden, tokens)
+  inside = (positions >= start) & (positions < start + count)
+  return (logp * inside).sum() / count

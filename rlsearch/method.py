@@ -1,0 +1,110 @@
+"""From a config to six functions, and the rules that hold between them."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+import inspect
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+
+from rlsearch import credit as credits, objectives, protocols, rewards as reward_terms, sampling, schedules
+from rlsearch.objectives import regularizers
+from rlsearch.rewards import combine as combine_rules
+from rlsearch.types import (CreditFn, ObjectiveFn, Protocol, RewardTerm, SamplingPlan, Schedule)
+
+
+class Method(NamedTuple):
+  """What a config chooses.  `credit` is the combination rule followed by the credit function."""
+  protocol: Protocol
+  sampling: SamplingPlan
+  rewards: Mapping[str, RewardTerm]
+  credit: CreditFn
+  objective: ObjectiveFn
+  schedule: Schedule
+
+
+def resolve(path: str, options: ModuleType, spec: Mapping[str, Any], *args: Any) -> Any:
+  """Returns what the factory named by spec['name'] makes of the other entries, after `args`.
+
+  Raises:
+    ValueError: no such factory, or entries that its signature does not know or lacks.
+  """
+  if not isinstance(spec, Mapping) or 'name' not in spec:
+    raise ValueError(f'config.{path}={spec!r}: wants an entry with a name; known: {sorted(options.__all__)}')
+  entries = {k: v for k, v in spec.items() if k != 'name'}
+  name = spec['name']
+  if name not in options.__all__:
+    raise ValueError(f'config.{path}.name={name!r}; known: {sorted(options.__all__)}')
+  return call(f'{path} ({name})', getattr(options, name), entries, *args)
+
+
+def call(path: str, factory: Any, entries: Mapping[str, Any], *args: Any) -> Any:
+  """Returns factory(*args, **entries) with Python's own check of the entries turned into a readable error."""
+  signature = inspect.signature(factory)
+  known = [n for n, p in signature.parameters.items() if p.kind == p.KEYWORD_ONLY]
+  for name in entries:
+    if name not in known:
+      raise ValueError(f'config.{path}.{name}={entries[name]!r}: unknown entry; known: {sorted(known)}')
+  missing = [n for n in known if signature.parameters[n].default is inspect.Parameter.empty and n not in entries]
+  if missing:
+    raise ValueError(f'config.{path}.{missing[0]}: missing; given: {sorted(entries)}')
+  return factory(*args, **entries)
+
+
+def build(config: Mapping[str, Any], groups: tuple[str, ...]) -> Method:
+  """Returns the six functions of a config (a plain nested mapping).
+
+  Args:
+    config: resolved config of one stage.
+    groups: trainable groups of its model.
+
+  Raises:
+    ValueError: with the entry's path, the value found and the values known.
+  """
+  check(config)
+  terms = {name: resolve(f'rewards.{name}', reward_terms, spec) for name, spec in config['rewards'].items()}
+  combine = resolve('combine', combine_rules, config['combine'])
+  assign = resolve('credit', credits, config['credit'])
+
+  def credit(traj, rewards, snapshot):
+    out = assign(traj, rewards.replace(combined=combine(traj, rewards)), snapshot)
+    return jax.tree.map(jax.lax.stop_gradient, out)
+
+  step_fn = lambda path, spec: resolve(path, schedules, spec)
+  return Method(resolve('protocol', protocols, config['protocol']), resolve('sampling', sampling, config['sampling']),
+                terms, credit, resolve('objective', objectives, config['objective']),
+                schedules.make(config['schedule'], groups, tuple(terms), step_fn))
+
+
+GROUP_BASELINES = ('group_relative',)
+
+
+def check(config: Mapping[str, Any]) -> None:
+  """The rules between slots, in one list.
+
+  Raises:
+    ValueError: an impossible combination; the entry, the value found and what would do.
+  """
+  model, sampling_entry, credit_entry = config['model'], config['sampling'], config['credit']
+  kl = config['schedule'].get('kl_coef', 0)
+  if kl != 0 and not model['reference'] and config['objective'].get('kl') is not None:
+    raise ValueError(f'config.schedule.kl_coef={kl!r}: a divergence wants a reference; config.model.reference=False')
+  if config['objective'].get('kl', 'k3') not in regularizers.BY_NAME:
+    raise ValueError(f'config.objective.kl={config["objective"]["kl"]!r}; known: {sorted(regularizers.BY_NAME)}')
+  samples = sampling_entry.get('num_samples')
+  if credit_entry.get('name') in GROUP_BASELINES and samples is not None and samples < 2:
+    raise ValueError(f'config.sampling.num_samples={samples}: the baseline of config.credit.name='
+                     f'{credit_entry["name"]!r} is a group of at least 2')
+  if credit_entry.get('name') in GROUP_BASELINES and sampling_entry.get('name') == 'demonstrations':
+    raise ValueError(f'config.credit.name={credit_entry["name"]!r}: demonstrations have no group; known here: uniform')
+  scored_by = sampling_entry.get('scored_by', ())
+  for name in scored_by:
+    if name not in config['rewards']:
+      raise ValueError(f'config.sampling.scored_by: {name!r} is no reward term; known: {sorted(config["rewards"])}')
+  if credit_entry.get('name') in GROUP_BASELINES and not config['rewards']:
+    raise ValueError('config.rewards={}: the credit function compares rewards; wants at least one term')
+  if config['updates']['old_logp'] not in ('sampler', 'trainer'):
+    raise ValueError(f'config.updates.old_logp={config["updates"]["old_logp"]!r}; known: sampler, trainer')
+  if config['sampling'].get('name') != 'demonstrations' and 'policy' not in config['train_roles']:
+    raise ValueError(f'config.train_roles={dict(config["train_roles"])}: a sampled method trains the role policy')

@@ -1,0 +1,167 @@
+"""Prefill, and one turn sampled token by token until a stop string, the end token or its budget."""
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rlsearch.models import heads, transformer
+from rlsearch.models.config import ModelConfig
+from rlsearch.types import Params
+
+
+class KVCache(NamedTuple):
+  """Keys and values, one pair of arrays per layer: updated in place by the decode loop, where one stacked
+  array would be copied at every token.
+
+  Columns [0, C) hold contexts (row b: its first length_b columns), column C + t the t-th new token of every row.
+  """
+  keys: tuple[jax.Array, ...]      # L x [B, C + n, M, H]
+  values: tuple[jax.Array, ...]
+
+
+class Sampled(NamedTuple):
+  """What `sample_turn` drew."""
+  token_ids: jax.Array   # i32[B, n]; pad behind the end
+  logp: jax.Array        # f32[B, n], of the distribution drawn from (temperature 0: of temperature 1)
+  count: jax.Array       # i32[B]
+  stopped: jax.Array     # bool[B]; by a stop string or the end token, not by the budget
+
+
+def prefill(config: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Array, num_new: int
+            ) -> tuple[KVCache, jax.Array]:
+  """Returns the cache of right-padded contexts, with room for `num_new` tokens, and the last hidden states.
+
+  Args:
+    config, params: of the policy.
+    tokens: i32[B, C].
+    lengths: i32[B], at least 1.
+    num_new: columns to leave free.
+
+  Returns:
+    the cache, and f32[B, D]: the hidden state at each row's last token.
+  """
+  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  hidden, (keys, values) = transformer.forward_with_cache(config, params, tokens, positions, transformer.causal)
+  last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+  room = lambda x: tuple(jnp.pad(layer, ((0, 0), (0, num_new), (0, 0), (0, 0))) for layer in x)
+  return KVCache(room(keys), room(values)), last
+
+
+def decode_step(config: ModelConfig, layers: tuple[Params, ...], params: Params, cache: KVCache, token: jax.Array,
+                positions: jax.Array, column: jax.Array, sees: jax.Array) -> tuple[KVCache, jax.Array]:
+  """Returns the cache with one more column, and the hidden states f32[B, D] behind `token`.
+
+  Args:
+    config: shapes.
+    layers: one parameter tree per layer.
+    params: for the embedding and the final norm.
+    cache: written at `column`.
+    token, positions: i32[B].
+    column: i32[], the same for every row.
+    sees: bool[B, C + n].
+  """
+  x = transformer.lookup(config, params, token[:, None])
+  keys, values = [], []
+  for p, k_cache, v_cache in zip(layers, cache.keys, cache.values, strict=True):
+    h = transformer.rms_norm(x, p['attn_norm'], config.norm_eps)
+    q, k, v = transformer.qkv(config, p, h, positions[:, None])
+    k_cache = jax.lax.dynamic_update_slice_in_dim(k_cache, k, column, axis=1)
+    v_cache = jax.lax.dynamic_update_slice_in_dim(v_cache, v, column, axis=1)
+    out = transformer.masked_attention(q, k_cache, v_cache, sees[:, None])
+    out = out.reshape(out.shape[:2] + (config.num_heads, config.head_size))
+    x = x + jnp.einsum('BTNH,NHD->BTD', out, p['o'].astype(x.dtype))
+    x = x + transformer.mlp(p, transformer.rms_norm(x, p['mlp_norm'], config.norm_eps))
+    keys.append(k_cache)
+    values.append(v_cache)
+  return KVCache(tuple(keys), tuple(values)), transformer.rms_norm(x, params['final_norm'], config.norm_eps)[:, 0]
+
+
+def draw(logits: jax.Array, uniform: jax.Array, temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns tokens drawn from softmax(logits / temperature) by inverting its distribution, and their log-probabilities.
+
+  One uniform number a row and a two-level cumulative sum: about √V blocks, then inside the chosen block.
+  Cheaper than V Gumbel variates, and a token of probability 0 is never drawn.
+
+  Args:
+    logits: f32[B, V]; impossible tokens at -1e30.
+    uniform: f32[B] in [0, 1).
+    temperature: f32[B]; 0 takes the most likely token and reports log p at temperature 1.
+  """
+  num_rows, vocab_size = logits.shape
+  z = logits / jnp.where(temperature > 0, temperature, 1.0)[:, None]
+  log_z = jax.nn.logsumexp(z, axis=1)
+  side = 1
+  while side * side < vocab_size:
+    side *= 2
+  p = jnp.pad(jnp.exp(z - log_z[:, None]), ((0, 0), (0, side * side - vocab_size))).reshape(num_rows, side, side)
+  upto = jnp.tril(jnp.ones((side, side)))                                          # [to, from]
+  blocks = jnp.einsum('BF,TF->BT', jnp.sum(p, axis=2), upto)                       # inclusive sums
+  goal = uniform * blocks[:, -1]
+  block = jnp.minimum(jnp.sum(blocks <= goal[:, None], axis=1), side - 1)
+  before = jnp.where(block > 0, jnp.take_along_axis(blocks, jnp.maximum(block - 1, 0)[:, None], axis=1)[:, 0], 0.0)
+  inside = jnp.take_along_axis(p, block[:, None, None], axis=1)[:, 0]              # [B, side]
+  within = jnp.einsum('BF,TF->BT', inside, upto)
+  left = jnp.minimum(goal - before, within[:, -1] * (1 - 1e-6))
+  column = jnp.minimum(jnp.sum(within <= left[:, None], axis=1), side - 1)
+  token = jnp.where(temperature > 0, block * side + column, jnp.argmax(logits, axis=1)).astype(jnp.int32)
+  logp = jnp.take_along_axis(z, token[:, None], axis=1)[:, 0] - log_z
+  return token, logp
+
+
+@partial(jax.named_call, name='sample_turn')
+def sample_turn(config: ModelConfig, num_new: int, num_tokens: int, eos_id: int, params: Params, tokens: jax.Array,
+                lengths: jax.Array, key_data: jax.Array, temperature: jax.Array, max_tokens: jax.Array,
+                automaton: jax.Array) -> Sampled:
+  """Returns one turn per row, sampled behind its context.
+
+  The t-th token of a row is drawn with fold_in(row key, t), so it depends neither on its neighbours nor on
+  the shape of the batch.  The automaton follows the bytes of the new tokens; its last state accepts.
+
+  Args:
+    config: shapes (static).
+    num_new: size of the output (static).
+    num_tokens: ids below it are the tokenizer's; the others are never drawn (static).
+    eos_id: ends a turn (static).
+    params: of the policy.
+    tokens: i32[B, C], right padded.
+    lengths: i32[B]; a row of length 0 is padding and ends at once.
+    key_data: u32[B, 2].
+    temperature: f32[B].
+    max_tokens: i32[B], at most num_new.
+    automaton: i32[states, V], from data.stops.
+  """
+  num_rows, width = tokens.shape
+  cache, hidden = prefill(config, params, tokens, jnp.maximum(lengths, 1), num_new)
+  layers = tuple(jax.tree.map(lambda x: x[i], params['layers']) for i in range(config.num_layers))
+  keys = jax.random.wrap_key_data(key_data)
+  columns = jnp.arange(width + num_new)
+  possible = jnp.arange(config.vocab_size) < num_tokens
+
+  def going(carry):
+    t, _, _, done, *_ = carry
+    return (t < num_new) & ~jnp.all(done)
+
+  def body(carry):
+    t, cache, hidden, done, state, out = carry
+    z = jnp.where(possible, heads.logits(config, params, hidden), -1e30)
+    uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t)))(keys)
+    token, logp = draw(z, uniform, temperature)
+    live = ~done
+    out = Sampled(out.token_ids.at[:, t].set(jnp.where(live, token, 0)), out.logp.at[:, t].set(jnp.where(live, logp, 0.)),
+                  out.count + live, out.stopped)
+    state = jnp.where(live, automaton[state, token], state)
+    ends = live & ((state == automaton.shape[0] - 1) | (token == eos_id))
+    out = out._replace(stopped=out.stopped | ends)
+    done = done | ends | (out.count >= max_tokens)
+    sees = (columns < lengths[:, None]) | ((columns >= width) & (columns <= width + t))
+    cache, hidden = decode_step(config, layers, params, cache, token, lengths + t, width + t, sees)
+    return t + 1, cache, hidden, done, state, out
+
+  done = (lengths == 0) | (max_tokens <= 0)
+  empty = Sampled(jnp.zeros((num_rows, num_new), jnp.int32), jnp.zeros((num_rows, num_new)),
+                  jnp.zeros(num_rows, jnp.int32), jnp.zeros(num_rows, bool))
+  start = (jnp.int32(0), cache, hidden, done, jnp.zeros(num_rows, jnp.int32), empty)
+  return jax.lax.while_loop(going, body, start)[-1]

@@ -1,0 +1,139 @@
+"""What is read off hidden states: log-probabilities and entropies, values, rewards."""
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from rlsearch.models.config import ModelConfig
+from rlsearch.models.params import Param, Specs
+from rlsearch.types import Params
+
+
+def unembedding(config: ModelConfig, params: Params) -> jax.Array:
+  """Returns the output projection, [V, D]."""
+  return params['embed' if config.tied else 'unembed']
+
+
+def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
+  """Returns f32[..., V]: for the few positions that a sampler asks about."""
+  table = unembedding(config, params).astype(hidden.dtype)
+  return jnp.einsum('...D,VD->...V', hidden, table, preferred_element_type=jnp.float32)
+
+
+def _chunks(table: jax.Array, chunk: int) -> tuple[jax.Array, int]:
+  num = -(-table.shape[0] // chunk)
+  return jnp.pad(table, ((0, num * chunk - table.shape[0]), (0, 0))).reshape(num, chunk, -1), num
+
+
+def _chunk_logits(hidden, rows, start, vocab_size):
+  """Logits of one chunk of the vocabulary; the padded rows of the last chunk are impossible."""
+  z = jnp.einsum('TD,VD->TV', hidden, rows.astype(hidden.dtype), preferred_element_type=jnp.float32)
+  return jnp.where(start + jnp.arange(rows.shape[0]) < vocab_size, z, -1e30)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def chosen_logp(hidden: jax.Array, table: jax.Array, targets: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
+  """Returns log p(target) and the entropy of p = softmax(hidden tableᵀ), one chunk of the vocabulary at a time.
+
+  A running maximum m, s = Σ exp(z - m) and u = Σ exp(z - m) z give log Z = m + log s and H = log Z - u / s.
+  The backward pass computes each chunk's logits again: ∂/∂z = g_logp (1[target] - p) - g_H p (log p + H).
+
+  Args:
+    hidden: [n, D].
+    table: f32[V, D].
+    targets: i32[n].
+    chunk: columns of the logits that exist at once.
+
+  Returns:
+    f32[n] each, in nats.
+  """
+  return _chosen_logp_fwd(hidden, table, targets, chunk)[0]
+
+
+def _chosen_logp_fwd(hidden, table, targets, chunk):
+  rows, num = _chunks(table, chunk)
+  def body(carry, xs):
+    largest, total, weighted, target = carry
+    block_rows, start = xs
+    z = _chunk_logits(hidden, block_rows, start, table.shape[0])
+    new = jnp.maximum(largest, jnp.max(z, axis=1))
+    scale, e = jnp.exp(largest - new), jnp.exp(z - new[:, None])
+    inside = (targets >= start) & (targets < start + chunk)
+    mine = jnp.take_along_axis(z, jnp.clip(targets - start, 0, chunk - 1)[:, None], axis=1)[:, 0]
+    return (new, total * scale + jnp.sum(e, axis=1), weighted * scale + jnp.sum(e * z, axis=1),
+            jnp.where(inside, mine, target)), None
+  n = hidden.shape[0]
+  start = (jnp.full(n, -1e30, jnp.float32), jnp.zeros(n), jnp.zeros(n), jnp.zeros(n))
+  (largest, total, weighted, target), _ = jax.lax.scan(body, start, (rows, jnp.arange(num) * chunk))
+  log_z = largest + jnp.log(total)
+  entropy = log_z - weighted / total
+  return (target - log_z, entropy), (hidden, table, targets, log_z, entropy)
+
+
+def _chosen_logp_bwd(chunk, saved, cotangents):
+  hidden, table, targets, log_z, entropy = saved
+  g_logp, g_entropy = cotangents
+  rows, num = _chunks(table, chunk)
+  def body(d_hidden, xs):
+    block_rows, start = xs
+    log_p = _chunk_logits(hidden, block_rows, start, table.shape[0]) - log_z[:, None]
+    p = jnp.exp(log_p)
+    hit = (start + jnp.arange(chunk))[None, :] == targets[:, None]
+    d_z = g_logp[:, None] * (hit - p) - g_entropy[:, None] * p * jnp.where(p > 0, log_p + entropy[:, None], 0.)
+    d_z = d_z.astype(hidden.dtype)
+    d_hidden = d_hidden + jnp.einsum('TV,VD->TD', d_z, block_rows.astype(hidden.dtype),
+                                     preferred_element_type=jnp.float32)
+    return d_hidden, jnp.einsum('TV,TD->VD', d_z, hidden, preferred_element_type=jnp.float32)
+  d_hidden, d_rows = jax.lax.scan(body, jnp.zeros(hidden.shape, jnp.float32), (rows, jnp.arange(num) * chunk))
+  d_table = d_rows.reshape(-1, table.shape[1])[:table.shape[0]]
+  return d_hidden.astype(hidden.dtype), d_table.astype(table.dtype), None
+
+
+chosen_logp.defvjp(_chosen_logp_fwd, _chosen_logp_bwd)
+
+
+def token_stats(config: ModelConfig, params: Params, hidden: jax.Array, tokens: jax.Array,
+                temperature: jax.Array | float = 1.0) -> tuple[jax.Array, jax.Array]:
+  """Returns each token's log-probability and the entropy of the distribution it was drawn from.
+
+  logp[b, t] = log p(tokens[b, t] | tokens[b, :t]) at the sampling temperature; column 0 is 0.
+  The shift by one between hidden states and tokens happens here and nowhere else.
+
+  Args:
+    config, params: of the policy.
+    hidden: [B, T, D], one per logical token.
+    tokens: i32[B, T].
+    temperature: of the sampler, > 0.
+
+  Returns:
+    f32[B, T] each, in nats.
+  """
+  num_rows, num_tokens, width = hidden.shape
+  flat = (hidden[:, :-1] / jnp.asarray(temperature, hidden.dtype)).reshape(-1, width)
+  chunk = min(config.vocab_chunk, config.vocab_size)
+  logp, entropy = chosen_logp(flat, unembedding(config, params), tokens[:, 1:].reshape(-1), chunk)
+  pad = lambda x: jnp.pad(x.reshape(num_rows, num_tokens - 1), ((0, 0), (1, 0)))
+  return pad(logp), pad(entropy)
+
+
+def scalar_head_specs(config: ModelConfig) -> Specs:
+  """Returns the table of a head with one output: w · h + b."""
+  return {'weight': Param((config.width,), ('embed',), config.width), 'bias': Param((), (), 0)}
+
+
+def value(head: Params, hidden: jax.Array) -> jax.Array:
+  """Returns f32[B, T]: the value of the state in which each token was chosen (hidden state one to its left).
+
+  Column 0 is 0: no state precedes the first token.
+  """
+  out = jnp.einsum('BTD,D->BT', hidden.astype(jnp.float32), head['weight']) + head['bias']
+  return jnp.pad(out[:, :-1], ((0, 0), (1, 0)))
+
+
+def reward(head: Params, hidden: jax.Array, valid: jax.Array) -> jax.Array:
+  """Returns f32[B]: a score read at each row's last valid token."""
+  last = jnp.maximum(jnp.sum(valid.astype(jnp.int32), axis=1) - 1, 0)
+  final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+  return jnp.einsum('BD,D->B', final.astype(jnp.float32), head['weight']) + head['bias']

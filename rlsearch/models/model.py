@@ -1,0 +1,160 @@
+"""Policy, critic and reference as pure functions over two dicts of groups: what is trained and what is frozen."""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rlsearch.models import config as model_config, copy_init, heads, lora, params as params_lib, transformer
+from rlsearch.models.config import ModelConfig
+from rlsearch.models.params import Specs
+from rlsearch.types import Layout, Params, PolicyOutputs
+
+Groups = dict[str, Params]
+
+
+class Model(NamedTuple):
+  """What the rest of the code sees of a model.
+
+  Attributes:
+    config: shapes.
+    trainable: tables of the groups that have an optimizer ('policy', 'value', 'value_trunk' ...).
+    frozen: tables of the groups that have none ('base' under LoRA, 'reference').
+    init: key -> (trainable, frozen).
+    start: (trainable, frozen, policy) -> both with another policy, from which this stage starts.
+    policy: (trainable, frozen) -> the policy's full parameters, adapters merged: what a sampler needs.
+    outputs: (trainable, frozen, layout, temperature) -> PolicyOutputs.
+    reference: (trainable, frozen, layout, temperature) -> log-probabilities of the reference; None without one.
+    critic: (trainable, frozen, layout) -> values; None without one.
+  """
+  config: ModelConfig
+  trainable: Mapping[str, Specs]
+  frozen: Mapping[str, Specs]
+  init: Callable[[jax.Array], tuple[Groups, Groups]]
+  start: Callable[[Groups, Groups, Params], tuple[Groups, Groups]]
+  policy: Callable[[Groups, Groups], Params]
+  outputs: Callable[[Groups, Groups, Layout, Any], PolicyOutputs]
+  reference: Callable[[Groups, Groups, Layout, Any], jax.Array] | None
+  critic: Callable[[Groups, Groups, Layout], jax.Array] | None
+
+
+def logical(layout: Layout, physical: jax.Array) -> jax.Array:
+  """Returns the physical outputs [P, S, ...] of the logical tokens, [B, T, ...]."""
+  flat = physical.reshape((-1,) + physical.shape[2:])
+  return jnp.take(flat, layout.gather.reshape(-1), axis=0).reshape(layout.gather.shape + physical.shape[2:])
+
+
+def hidden_states(config: ModelConfig, params: Params, layout: Layout) -> jax.Array:
+  """Returns the trunk's hidden states of the logical tokens, [B, T, D]."""
+  return logical(layout, transformer.forward(config, params, layout.tokens, layout.positions, transformer.causal))
+
+
+def make(config: ModelConfig, *, init: str = 'normal', lora_options: Mapping[str, Any] | None = None,
+         critic: str = 'none', reference: bool = False) -> Model:
+  """Returns the functions of a policy, and of a critic and a reference where asked for.
+
+  Args:
+    config: shapes.
+    init: 'normal' or 'copy_heads'.
+    lora_options: rank, alpha and targets; then 'policy' is the adapters, and the frozen base is the reference.
+    critic: 'none', 'shared' (a head on the policy's trunk) or 'separate' (a trunk of its own).
+    reference: keep a frozen copy of the initial policy (of the base under LoRA: no copy).
+
+  Raises:
+    ValueError: an unknown choice.
+  """
+  for name, value, known in (('init', init, ('normal', 'copy_heads')), ('critic', critic, ('none', 'shared', 'separate'))):
+    if value not in known:
+      raise ValueError(f'config.model.{name}={value!r}; known: {list(known)}')
+  table = params_lib.transformer_specs(config)
+  options = dict(lora_options or {})
+  if options:
+    unknown = set(options) - {'rank', 'alpha', 'targets'}
+    if unknown or 'rank' not in options or 'alpha' not in options:
+      raise ValueError(f'config.model.lora={options}: wants rank and alpha, and may have targets')
+  trainable: dict[str, Specs] = {'policy': table}
+  frozen: dict[str, Specs] = {}
+  if options:
+    trainable['policy'] = lora.specs(table, options['rank'], options.get('targets', lora.LINEAR))
+    frozen['base'] = table
+  elif reference:
+    frozen['reference'] = table
+  if critic != 'none':
+    trainable['value'] = {'head': heads.scalar_head_specs(config)}
+  if critic == 'separate':
+    trainable['value'] = {**trainable['value'], 'trunk': table}
+
+  def policy(train, froze):
+    return lora.merge(froze['base'], train['policy'], options['alpha'] / options['rank']) if options else train['policy']
+
+  def initial(key):
+    first = params_lib.init(table, jax.random.fold_in(key, 0))
+    if init == 'copy_heads':
+      first = copy_init.with_copy_heads(config, first, jax.random.fold_in(key, 1))
+    train, froze = {'policy': first}, {}
+    if options:
+      train, froze = {'policy': params_lib.init(trainable['policy'], jax.random.fold_in(key, 2))}, {'base': first}
+    elif reference:
+      froze = {'reference': jax.tree.map(jnp.copy, first)}
+    if critic != 'none':
+      train['value'] = params_lib.init(trainable['value'], jax.random.fold_in(key, 3))
+    if critic == 'separate':
+      train['value'] = {**train['value'], 'trunk': jax.tree.map(jnp.copy, first)}
+    return train, froze
+
+  def start(train, froze, weights):
+    copy = lambda: jax.tree.map(jnp.copy, weights)
+    if options:
+      froze = {**froze, 'base': copy()}
+    else:
+      train = {**train, 'policy': copy()}
+      froze = {**froze, 'reference': copy()} if reference else froze
+    if critic == 'separate':
+      train = {**train, 'value': {**train['value'], 'trunk': copy()}}
+    return train, froze
+
+  def values(train, layout, hidden):
+    trunk = hidden if critic == 'shared' else hidden_states(config, train['value']['trunk'], layout)
+    return heads.value(train['value']['head'], trunk)
+
+  def outputs(train, froze, layout, temperature):
+    weights = policy(train, froze)
+    hidden = hidden_states(config, weights, layout)
+    logp, entropy = heads.token_stats(config, weights, hidden, logical(layout, layout.tokens), temperature)
+    value = jnp.zeros_like(logp) if critic == 'none' else values(train, layout, hidden)
+    return PolicyOutputs(logp, entropy, value)
+
+  def reference_logp(train, froze, layout, temperature):
+    del train
+    weights = froze['base' if options else 'reference']
+    hidden = hidden_states(config, weights, layout)
+    return heads.token_stats(config, weights, hidden, logical(layout, layout.tokens), temperature)[0]
+
+  def critic_values(train, froze, layout):
+    hidden = hidden_states(config, policy(train, froze), layout) if critic == 'shared' else None
+    return values(train, layout, hidden)
+
+  return Model(config, trainable, frozen, initial, start, policy, outputs,
+               reference_logp if reference else None, critic_values if critic != 'none' else None)
+
+
+def get(entry: Mapping[str, Any], vocab_size: int) -> Model:
+  """Returns the model of a config entry: variant, shape, init, lora, critic, reference.
+
+  Args:
+    entry: config.model.
+    vocab_size: of the tokenizer; the shape's own where it is larger (published tables are padded).
+
+  Raises:
+    ValueError: an impossible entry, or a tokenizer that does not fit the table.
+  """
+  shape = dict(entry['shape'])
+  if 'vocab_size' not in {**model_config.VARIANTS.get(entry['variant'], {}), **shape}:
+    shape['vocab_size'] = -(-vocab_size // 8) * 8
+  config = model_config.resolve(entry['variant'], shape)
+  if config.vocab_size < vocab_size:
+    raise ValueError(f'config.model.shape.vocab_size={config.vocab_size}: the tokenizer has {vocab_size} tokens')
+  return make(config, init=entry['init'], lora_options=entry['lora'], critic=entry['critic'],
+              reference=entry['reference'])

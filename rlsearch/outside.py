@@ -1,0 +1,88 @@
+"""The only door to the outside: calls go in, typed outcomes come out, each before its deadline.
+
+A service is a batched function from calls to outcomes.  One thread a tool runs it, so that the event loop and
+the device go on meanwhile; what waits is batched.  A call that outlives its deadline ends as a timeout, and a
+late answer is thrown away.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+import logging
+import queue
+import time
+
+from rlsearch.types import MALFORMED, OUTCOMES, TIMEOUT, Call, Outcome, Tools
+
+Service = Callable[[Sequence[Call]], Sequence[Outcome]]
+
+
+def make(services: Mapping[str, Service], deadline_seconds: float, max_batch: int = 256) -> Tools:
+  """Returns tools over the services.
+
+  Args:
+    services: by a call's tool name.
+    deadline_seconds: from submission to outcome, for every call.
+    max_batch: calls given to a service at once.
+
+  Raises:
+    ValueError: from submit, a tool that no service has.
+  """
+  if deadline_seconds <= 0:
+    raise ValueError(f'config.tools.deadline_seconds={deadline_seconds}: wants a positive number')
+  pool = ThreadPoolExecutor(max_workers=max(1, len(services)), thread_name_prefix='tool')
+  ended: queue.SimpleQueue = queue.SimpleQueue()
+  deadlines: dict[tuple, tuple[float, Call]] = {}
+
+  def run(tool, calls):
+    start = time.monotonic()
+    try:
+      outcomes = list(services[tool](calls))
+      if len(outcomes) != len(calls) or any(o.kind not in OUTCOMES for o in outcomes):
+        raise ValueError(f'service {tool!r} gave {len(outcomes)} outcomes for {len(calls)} calls')
+      each = (time.monotonic() - start) / len(calls)                    # shares of a batch add up to its time
+      outcomes = [o._replace(seconds=each) for o in outcomes]
+    except Exception as error:  # A broken service is an outcome, never an observation; the run counts and limits them.
+      logging.getLogger(__name__).warning('tool %s failed: %s: %s', tool, type(error).__name__, error)
+      outcomes = [Outcome(MALFORMED, None, time.monotonic() - start)] * len(calls)
+    ended.put(list(zip(calls, outcomes, strict=True)))
+
+  def submit(calls):
+    by_tool: dict[str, list[Call]] = {}
+    for call in calls:
+      if call.tool not in services:
+        raise ValueError(f'tool {call.tool!r}: no service; known: {sorted(services)}')
+      by_tool.setdefault(call.tool, []).append(call)
+      deadlines[call.uid] = time.monotonic() + deadline_seconds, call
+    for tool, group in by_tool.items():
+      for i in range(0, len(group), max_batch):
+        pool.submit(run, tool, group[i:i + max_batch])
+
+  def take(pairs):
+    """What is still wanted: a call that has timed out already is gone from the table."""
+    return [(call, outcome) for call, outcome in pairs if deadlines.pop(call.uid, None) is not None]
+
+  def late(now):
+    over = [(uid, call) for uid, (deadline, call) in deadlines.items() if deadline <= now]
+    for uid, _ in over:
+      del deadlines[uid]
+    return [(call, Outcome(TIMEOUT, None, deadline_seconds)) for _, call in over]
+
+  def poll(wait):
+    found: list[tuple[Call, Outcome]] = []
+    while True:
+      try:
+        while True:
+          found += take(ended.get_nowait())
+      except queue.Empty:
+        pass
+      found += late(time.monotonic())
+      if found or not wait or not deadlines:
+        return found
+      remaining = min(deadline for deadline, _ in deadlines.values()) - time.monotonic()
+      try:
+        found += take(ended.get(timeout=max(remaining, 0.001)))
+      except queue.Empty:
+        continue
+
+  return Tools(submit, poll)

@@ -1,0 +1,167 @@
+"""The compiled programs of a stage, and one step's way through them."""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import numpy as np
+
+from rlsearch import logs, optim, parallel, update
+from rlsearch.method import Method
+from rlsearch.models import params as params_lib
+from rlsearch.models.model import Model
+from rlsearch.rollout import pack as pack_lib
+from rlsearch.rollout.pack import Bucket, Packed
+from rlsearch.settings import Update
+from rlsearch.types import Credit, Hypers, Layout, Params, Rewards, Snapshot, TrainState, Trajectories
+from rlsearch.update import Block, Shardings, Sums
+
+
+class Programs(NamedTuple):
+  """What is compiled once per stage (accumulate and snapshot: once per declared bucket)."""
+  policy: Callable[[TrainState], Params]
+  snapshot: Callable[[TrainState, Layout, Any], tuple] | None   # None: the sampler's log-probabilities serve
+  credit: Callable[[Trajectories, Rewards, Snapshot], Credit]
+  zeros: Callable[[], Sums]
+  accumulate: Callable[[TrainState, Sums, Block, Hypers], Sums]
+  apply: Callable[[TrainState, Sums, Hypers], tuple]
+  shard: Shardings
+  options: Update
+  settle: Callable[[Any], Any]
+
+
+def make_programs(model: Model, method: Method, tx: Mapping[str, optim.Group], shard: Shardings, mesh: Mesh,
+                  options: Update) -> Programs:
+  """Returns the jitted functions of a stage, each with its shardings said."""
+  metrics = _metric_names(model, method)
+  sums = update.sums_shardings(shard, metrics)
+  whole = shard.rows
+  needs_forward = options.old_logp == 'trainer' or model.reference is not None or model.critic is not None
+  adapted = 'base' in model.frozen
+  policy = (jax.jit(lambda s: model.policy(s.trainable, s.frozen)) if adapted
+            else lambda s: s.trainable['policy'])
+  # On several CPU devices, programs with collectives that pile up can starve one another of threads until XLA
+  # aborts the process; one at a time they cannot.
+  several_cpus = mesh.devices.size > 1 and mesh.devices.flat[0].platform == 'cpu'
+  return Programs(
+      policy=policy,
+      snapshot=jax.jit(update.snapshot(model), in_shardings=(shard.state, whole, shard.replicated),
+                       out_shardings=whole) if needs_forward else None,
+      credit=jax.jit(method.credit, out_shardings=whole),
+      zeros=update.zeros(model, metrics, shard),
+      accumulate=jax.jit(update.accumulate(model, method.objective, options.microbatch_rows, mesh),
+                         in_shardings=(shard.state, sums, whole, shard.replicated), out_shardings=sums,
+                         donate_argnums=1),
+      apply=jax.jit(update.apply(tx), in_shardings=(shard.state, sums, shard.replicated),
+                    out_shardings=(shard.state, shard.replicated), donate_argnums=(0, 1)),
+      shard=shard, options=options, settle=jax.block_until_ready if several_cpus else lambda x: x)
+
+
+def _metric_names(model: Model, method: Method) -> Mapping[str, Any]:
+  """The metrics of an objective, found by tracing it on one row."""
+  shapes = lambda tables: jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), dict(tables),
+                                       is_leaf=params_lib.is_param)
+  traj = pack_lib.empty(1, 4, 1)
+  zero = np.zeros((1, 4), np.float32)
+  block = Block(traj, pack_lib.identity_layout(traj), Credit(zero, zero), Snapshot(zero, zero, zero))
+  hypers = {name: jnp.float32(1) for name in method.schedule.hypers(0, method.schedule.init())}
+  loss = update.losses(model, method.objective)
+  return jax.eval_shape(loss, shapes(model.trainable), shapes(model.frozen), block, hypers)[1][1]
+
+
+def blocks_of(lengths: np.ndarray, members: np.ndarray, buckets: Sequence[Bucket]) -> list[tuple[Bucket, np.ndarray]]:
+  """Returns this host's rows in blocks whose number and shapes are the same on every host.
+
+  Every host sorts its rows by length; the longest at each place decides the bucket.
+  """
+  hosts = jax.process_count()
+  own = members[np.argsort(-lengths[members], kind='stable')]
+  num = parallel.largest((len(own),))[0]
+  padded = np.zeros(num, np.int64)
+  padded[:len(own)] = lengths[own]
+  common = np.asarray(parallel.largest(padded)) if hosts > 1 else padded
+  local = [Bucket(b.rows // hosts, b.length) for b in buckets]
+  return [(Bucket(b.rows * hosts, b.length), own[places[places < len(own)]])
+          for b, places in pack_lib.divide(common, np.arange(num), local)]
+
+
+def update_step(program: Programs, state: TrainState, packed: Packed, rewards: Rewards, buckets: Sequence[Bucket],
+                hypers: Hypers, key: tuple[int, int]) -> tuple[TrainState, np.ndarray, dict[str, float]]:
+  """Returns the state after a step's optimizer steps, the advantages f32[B, T], and the step's means.
+
+  Args:
+    program: compiled functions.
+    state: donated.
+    packed, rewards: this host's rows, NumPy.
+    buckets: declared shapes.
+    hypers: scalars of the step.
+    key: (seed, step), of the division into minibatches: the same on every host.
+  """
+  shard, traj = program.shard, packed.traj
+  hypers = jax.device_put({k: np.float32(v) for k, v in hypers.items()}, shard.replicated)
+  everyone = np.flatnonzero(packed.lengths > 0)
+  snap, real, padding = Snapshot(traj.behaviour_logp, traj.behaviour_logp, np.zeros_like(traj.behaviour_logp)), 0, 0
+  if program.snapshot is not None:
+    snap = _take_snapshot(program, state, packed, buckets, everyone, hypers)
+  traj_all, snap_all = parallel.to_global((traj, snap), shard.rows)
+  cred = parallel.local_rows(program.credit(traj_all, _global_rewards(rewards, shard), snap_all))
+  done = []
+  for members in minibatches(packed, program.options, key):
+    sums = program.zeros()
+    for bucket, rows in blocks_of(packed.lengths, members, buckets):
+      host_rows = bucket._replace(rows=bucket.rows // jax.process_count())
+      piece = pack_lib.take(traj, host_rows, rows)
+      block = Block(piece, pack_lib.identity_layout(piece), *(pack_lib.take(x, host_rows, rows) for x in (cred, snap)))
+      block = parallel.to_global(block, shard.rows)
+      sums = program.settle(program.accumulate(state, sums, block, hypers))
+      real, padding = real + int(packed.lengths[rows].sum()), padding + host_rows.rows * host_rows.length
+    state, metrics = program.settle(program.apply(state, sums, hypers))
+    done.append(metrics)
+  means = {**logs.means(done), 'update/padding_share': 1 - real / max(1, padding), 'update/optimizer_steps': len(done)}
+  return state, cred.advantage, means
+
+
+def _global_rewards(rewards: Rewards, shard: Shardings) -> Rewards:
+  weights = jax.device_put(rewards.weights, shard.replicated)
+  return parallel.to_global(rewards.replace(weights={}), shard.rows).replace(weights=weights)
+
+
+def _take_snapshot(program, state, packed, buckets, members, hypers) -> Snapshot:
+  """One forward pass over every row; the old log-probabilities are the sampler's where the config says so."""
+  traj = packed.traj
+  out = [np.zeros(traj.tokens.shape, np.float32) for _ in range(3)]
+  for bucket, rows in blocks_of(packed.lengths, members, buckets):
+    host_rows = bucket._replace(rows=bucket.rows // jax.process_count())
+    layout = parallel.to_global(pack_lib.identity_layout(pack_lib.take(traj, host_rows, rows)), program.shard.rows)
+    found = parallel.local_rows(program.settle(program.snapshot(state, layout, hypers['temperature'])))
+    for whole, part in zip(out, found, strict=True):
+      whole[rows, :bucket.length] = part[:len(rows)]
+  valid = traj.valid.astype(np.float32)
+  logp, ref, value = (x * valid for x in out)
+  return Snapshot(traj.behaviour_logp if program.options.old_logp == 'sampler' else logp, ref, value)
+
+
+def minibatches(packed: Packed, options: Update, key: tuple[int, int]) -> list[np.ndarray]:
+  """Returns the rows of each optimizer step: whole groups, shuffled afresh in every epoch.
+
+  A group's rows stay together, so the number of hosts does not change what is compared.
+  """
+  group = packed.traj.group_id[:packed.num_rows]
+  groups = np.unique(group)
+  parts = []
+  for epoch in range(options.epochs):
+    order = np.random.default_rng((*key, epoch)).permutation(groups) if options.minibatches > 1 else groups
+    for chosen in np.array_split(order, options.minibatches):
+      parts.append(np.flatnonzero(np.isin(group, chosen)))
+  return parts
+
+
+def assert_one_trace_a_bucket(program: Programs, buckets: Sequence[Bucket]) -> None:
+  """Raises AssertionError if a program was compiled more often than there are declared buckets."""
+  for compiled in (program.accumulate, program.snapshot):
+    if compiled is not None:
+      chex.assert_scalar_non_negative(len(buckets) - compiled._cache_size())

@@ -1,0 +1,123 @@
+"""What surrounds the stages of a run: its folder, its config, signals, and the summary at the end."""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+from etils import epath
+import jax
+
+from rlsearch import settings
+
+_STARTED = time.time()
+
+
+def stop_on_signals(say: Callable[[str], None]) -> Callable[[], bool]:
+  """Returns `stop`: true after the first Ctrl-C or SIGTERM.  A second one ends the process at once."""
+  asked = {'stop': False}
+
+  def handle(number, frame):
+    del frame
+    if asked['stop']:
+      os._exit(128 + number)
+    asked['stop'] = True
+    say('stopping: saving the last whole step; once more ends at once')
+  signal.signal(signal.SIGINT, handle)
+  signal.signal(signal.SIGTERM, handle)
+  return lambda: asked['stop']
+
+
+def use_compilation_cache() -> None:
+  """Keeps compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR says where, or is empty for none."""
+  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    jax.config.update('jax_compilation_cache_dir', os.path.expanduser('~/.cache/rlsearch/jax'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+def commit() -> str:
+  """Returns the commit of the code that runs, with '+' if it was changed; 'unknown' outside a checkout."""
+  here = os.path.dirname(os.path.abspath(__file__))
+  git = lambda *args: subprocess.run(['git', '-C', here, *args], capture_output=True, text=True, check=True).stdout.strip()
+  try:
+    return git('rev-parse', '--short', 'HEAD') + ('+' if git('status', '--porcelain', '--untracked-files=no') else '')
+  except (OSError, subprocess.CalledProcessError):
+    return 'unknown'
+
+
+def claim(workdir: epath.Path, config: Mapping[str, Any], overwrite: bool) -> None:
+  """Writes the run's config, or checks that the run in this folder is the same one.
+
+  Raises:
+    ValueError: another config's run is there; the entries that differ are named.
+  """
+  if jax.process_index():
+    return
+  path = workdir / 'config.json'
+  if path.exists():
+    old = json.loads(path.read_text())
+    changed = settings.differences(old, json.loads(json.dumps(config)))
+    if changed and overwrite:
+      for child in workdir.iterdir():
+        if child.name != '.lock':
+          child.rmtree() if child.is_dir() else child.unlink()
+    elif changed:
+      shown = '\n  '.join(changed[:8]) + ('\n  ...' if len(changed) > 8 else '')
+      raise ValueError(f'{workdir} holds a run of another config:\n  {shown}\nChoose another --workdir, or --overwrite '
+                       'to delete that run.')
+  path.write_text(json.dumps(config, indent=1))
+  run = {'commit': commit(), 'started': time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(_STARTED)), 'jax': jax.__version__,
+         'devices': jax.device_count(), 'platform': jax.devices()[0].device_kind, 'command': ' '.join(sys.argv)}
+  (workdir / 'run.json').write_text(json.dumps(run, indent=1))
+
+
+def lines(path: epath.Path) -> list[dict[str, Any]]:
+  """Returns the objects of a JSON lines file; none if it is not there."""
+  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def peak_memory_gib() -> float:
+  """Returns the largest resident memory of this process so far."""
+  scale = 1 if sys.platform == 'darwin' else 1024                      # ru_maxrss is bytes there, KiB elsewhere
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2 ** 30
+
+
+def summarize(workdir: epath.Path, stages: list[str], seconds: Mapping[str, float], seed: int) -> dict[str, Any]:
+  """Returns the run in a few numbers: exact match before and after the last stage, costs, seconds, memory."""
+  last = workdir / stages[-1]
+  evals, metrics = lines(last / 'evals.jsonl'), lines(last / 'metrics.jsonl')
+  final = max((e['step'] for e in evals), default=0)
+  at = lambda step, mode: next((e for e in evals if e['step'] == step and e['mode'] == mode), {})
+  before, after = at(0, 'sampled'), at(final, 'sampled')
+  return {
+      'method': stages[-1], 'seed': seed, 'em_before': before.get('em'), 'em_after': after.get('em'),
+      'em_greedy_before': at(0, 'greedy').get('em'), 'em_greedy_after': at(final, 'greedy').get('em'),
+      'em_after_by_hops': {h: v['em'] for h, v in after.get('by_hops', {}).items()},
+      'questions': after.get('num'),
+      'generated_tokens': sum(m.get('cost/generated_tokens', 0) for m in metrics),
+      'prefilled_tokens': sum(m.get('cost/prefilled_tokens', 0) for m in metrics),
+      'trained_tokens': sum(m.get('cost/trained_tokens', 0) for m in metrics),
+      'retrievals': sum(m.get('cost/retrievals', 0) for m in metrics),
+      'seconds_cold_start': sum(seconds.get(name, 0.0) for name in stages[:-1]), 'seconds_rl': seconds.get(stages[-1], 0.0),
+      'seconds_total': time.time() - _STARTED, 'peak_memory_gib': peak_memory_gib()}
+
+
+def table(summary: Mapping[str, Any]) -> str:
+  """Returns the summary as text."""
+  show = lambda x: '-' if x is None else f'{x:.3f}' if isinstance(x, float) else str(x)
+  hops = '  '.join(f'{h} hop{"s" * (h != "1")} {v:.2f}' for h, v in summary['em_after_by_hops'].items())
+  return '\n'.join([
+      f'{summary["method"]}, seed {summary["seed"]}: exact match on {summary["questions"]} test questions',
+      '             before    after',
+      f'  sampled    {show(summary["em_before"]):>6}   {show(summary["em_after"]):>6}    ({hops})',
+      f'  greedy     {show(summary["em_greedy_before"]):>6}   {show(summary["em_greedy_after"]):>6}',
+      f'  seconds    cold start {summary["seconds_cold_start"]:.0f}, RL {summary["seconds_rl"]:.0f}, '
+      f'total {summary["seconds_total"]:.0f};  peak memory {summary["peak_memory_gib"]:.2f} GiB',
+      f'  tokens     generated {summary["generated_tokens"]:.0f}, prefilled {summary["prefilled_tokens"]:.0f}, '
+      f'trained {summary["trained_tokens"]:.0f};  retrievals {summary["retrievals"]:.0f}'])

@@ -1,0 +1,224 @@
+"""From config sections to the things they describe, with every entry checked: known, present, possible."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from etils import epath
+from jax.sharding import Mesh
+
+from rlsearch import method as method_lib, optim, outside, parallel
+from rlsearch.data import tokenizer as tokenizer_lib
+from rlsearch.data.tokenizer import Tokenizer
+from rlsearch.envs import environments, retrieval
+from rlsearch.envs.environments import Environment
+from rlsearch.evaluate import MODES, Evals
+from rlsearch.models.model import Model
+from rlsearch.protocols.search_r1 import TAGS
+from rlsearch.rollout import pack as pack_lib
+from rlsearch.rollout.pack import Bucket
+from rlsearch.rollout.render import Length
+
+# Sections of a stage's config, each read by the code named behind it.
+SECTIONS = {
+    'seed': 'train', 'steps': 'train', 'mesh': 'parallel.make_mesh', 'model': 'models.model.get', 'data': 'train',
+    'retriever': 'settings.retriever', 'tools': 'outside.make', 'engine': 'engines', 'length': 'settings.lengths',
+    'protocol': 'protocols', 'sampling': 'sampling', 'rewards': 'rewards', 'combine': 'rewards.combine',
+    'credit': 'credit', 'objective': 'objectives', 'schedule': 'schedules', 'optimizer': 'optim',
+    'updates': 'settings.Update', 'train_roles': 'rollout.pack', 'evals': 'evaluate.Evals',
+    'checkpoint': 'settings.Checkpoint', 'tensorboard': 'train', 'max_failed_share': 'train'}
+MODEL_ENTRIES = ('variant', 'shape', 'tokenizer', 'init', 'lora', 'critic', 'reference')
+
+
+class Update(NamedTuple):
+  """config.updates.
+
+  Attributes:
+    minibatches: optimizer steps per epoch; the step's questions are divided among them.
+    epochs: passes over the step's rows.
+    microbatch_rows: rows of one forward and backward pass.
+    old_logp: 'trainer' computes the old log-probabilities anew, 'sampler' takes the sampler's.
+  """
+  minibatches: int
+  epochs: int
+  microbatch_rows: int
+  old_logp: str
+
+
+class Checkpoint(NamedTuple):
+  """config.checkpoint: steps between checkpoints (0: only the last), and how many are kept."""
+  every: int
+  keep: int
+
+
+class Shared(NamedTuple):
+  """What the stages of a run have in common."""
+  tok: Tokenizer
+  services: Mapping[str, outside.Service]
+
+
+def section(path: str, kind: type, entries: Mapping[str, Any]) -> Any:
+  """Returns a NamedTuple made of a config section.
+
+  Raises:
+    ValueError: an entry that it does not know, or lacks.
+  """
+  for name in entries:
+    if name not in kind._fields:
+      raise ValueError(f'config.{path}.{name}={entries[name]!r}: unknown entry; known: {sorted(kind._fields)}')
+  for name in kind._fields:
+    if name not in entries:
+      raise ValueError(f'config.{path}.{name}: missing; given: {sorted(entries)}')
+  return kind(**entries)
+
+
+def check(config: Mapping[str, Any]) -> None:
+  """Checks everything of a stage's config that can be checked before anything is made.
+
+  Raises:
+    ValueError: with the entry's path, the value found and the values known.
+  """
+  for name in config:
+    if name not in SECTIONS:
+      raise ValueError(f'config.{name}={config[name]!r}: nothing reads this entry; known: {sorted(SECTIONS)}')
+  for name in SECTIONS:
+    if name not in config:
+      raise ValueError(f'config.{name}: missing')
+  for name in config['model']:
+    if name not in MODEL_ENTRIES:
+      raise ValueError(f'config.model.{name}={config["model"][name]!r}: nothing reads this entry; known: {list(MODEL_ENTRIES)}')
+  for name in config['data']:
+    if name not in ('questions_per_step', 'source'):
+      raise ValueError(f'config.data.{name}={config["data"][name]!r}: nothing reads this entry; known: questions_per_step, source')
+  for name in config['tools']:
+    if name != 'deadline_seconds':
+      raise ValueError(f'config.tools.{name}={config["tools"][name]!r}: nothing reads this entry; known: deadline_seconds')
+  positive = {'steps': config['steps'], 'data.questions_per_step': config['data']['questions_per_step'],
+              'retriever.topk': config['retriever'].get('topk', 0)}
+  for path, value in positive.items():
+    if not isinstance(value, int) or value < 1:
+      raise ValueError(f'config.{path}={value!r}: wants a positive whole number')
+  if not 0 <= config['max_failed_share'] <= 1:
+    raise ValueError(f'config.max_failed_share={config["max_failed_share"]!r}: wants a share from 0 to 1')
+  step = section('updates', Update, config['updates'])
+  if min(step.minibatches, step.epochs, step.microbatch_rows) < 1:
+    raise ValueError(f'config.updates={dict(config["updates"])}: wants positive numbers')
+  if step.minibatches > config['data']['questions_per_step']:
+    raise ValueError(f'config.updates.minibatches={step.minibatches}: more than config.data.questions_per_step='
+                     f'{config["data"]["questions_per_step"]}')
+  evals = section('evals', Evals, config['evals'])
+  for mode in evals.modes:
+    if mode not in MODES:
+      raise ValueError(f'config.evals.modes: {mode!r}; known: {sorted(MODES)}')
+  for split in (evals.split, evals.final_split):
+    if split not in environments.SPLITS:
+      raise ValueError(f'config.evals: split {split!r}; known: {list(environments.SPLITS)}')
+  keep = section('checkpoint', Checkpoint, config['checkpoint'])
+  if keep.keep < 1 or keep.every < 0:
+    raise ValueError(f'config.checkpoint={dict(config["checkpoint"])}: wants keep >= 1 and every >= 0')
+  method_lib.check(config)
+
+
+def lengths(config: Mapping[str, Any], mesh: Mesh) -> tuple[Length, tuple[Bucket, ...]]:
+  """Returns the budgets and the declared buckets.
+
+  Raises:
+    ValueError: impossible budgets, or buckets that cannot hold a row.
+  """
+  entries = dict(config['length'])
+  if 'buckets' not in entries:
+    raise ValueError('config.length.buckets: missing; wants (rows, length) pairs')
+  buckets = tuple(Bucket(*map(int, pair)) for pair in entries.pop('buckets'))
+  length = section('length', Length, entries)
+  if min(length) < 1 or length.prompt >= length.total:
+    raise ValueError(f'config.length={entries}: wants positive budgets, prompt below total')
+  pack_lib.check_buckets(buckets, config['updates']['microbatch_rows'], parallel.batch_ways(mesh))
+  if max(b.length for b in buckets) < length.total:
+    raise ValueError(f'config.length.total={length.total}: no bucket is that long; buckets={list(map(tuple, buckets))}')
+  engine = config['engine']
+  if max(engine['contexts']) < length.total:
+    raise ValueError(f'config.engine.contexts={list(engine["contexts"])}: none holds config.length.total={length.total}')
+  if engine['max_new_tokens'] < length.turn:
+    raise ValueError(f'config.engine.max_new_tokens={engine["max_new_tokens"]}: below config.length.turn={length.turn}')
+  return length, buckets
+
+
+def environment(config: Mapping[str, Any]) -> Environment:
+  """Returns the questions and passages of a stage; a source without a seed takes the run's."""
+  source = dict(config['data']['source'])
+  if source.get('seed') == -1:
+    source['seed'] = config['seed']
+  return method_lib.resolve('data.source', environments, source)
+
+
+def optimizers(config: Mapping[str, Any], model: Model) -> dict[str, optim.Group]:
+  """Returns one optimizer per trainable group; an entry without groups serves all of them.
+
+  Raises:
+    ValueError: groups that the model does not have, or lacks.
+  """
+  entry = config['optimizer']
+  entries = {group: entry for group in model.trainable} if 'name' in entry else dict(entry)
+  if set(entries) != set(model.trainable):
+    raise ValueError(f'config.optimizer: groups {sorted(entries)}; the trainable groups are {sorted(model.trainable)}')
+  return {group: method_lib.resolve(f'optimizer.{group}', optim, entries[group], specs)
+          for group, specs in model.trainable.items()}
+
+
+def retriever(entry: Mapping[str, Any], env: Environment) -> outside.Service:
+  """Returns the search service: BM25 over the environment's passages in process, or a server.
+
+  Raises:
+    ValueError: an unknown name or entry.
+  """
+  options = {k: v for k, v in entry.items() if k not in ('name', 'topk')}
+  if entry.get('name') == 'bm25':
+    return retrieval.search_service(method_lib.call('retriever (bm25)', retrieval.bm25, options, env.passages))
+  if entry.get('name') == 'http':
+    url = options.pop('url', None)
+    if not url:
+      raise ValueError('config.retriever.url: missing; wants the address of a retrieval server')
+    return method_lib.call('retriever (http)', retrieval.http_search, options, url)
+  raise ValueError(f'config.retriever.name={entry.get("name")!r}; known: bm25, http')
+
+
+def tokenizer(entry: Mapping[str, Any], env: Environment, workdir: epath.Path) -> Tokenizer:
+  """Returns the tokenizer: read from a path, or trained on the environment's text and kept in the workdir.
+
+  Raises:
+    ValueError: an unknown entry, or a broken file.
+  """
+  if set(entry) == {'path'}:
+    return tokenizer_lib.load(entry['path'])
+  if set(entry) != {'vocab_size'}:
+    raise ValueError(f'config.model.tokenizer={dict(entry)}: wants path (a tokenizer.json or *.model) or vocab_size '
+                     '(train one on the corpus)')
+  path = workdir / 'tokenizer.model'
+  if path.exists():
+    return tokenizer_lib.load(str(path))
+  workdir.mkdir(parents=True, exist_ok=True)
+  symbols = [f'<{slash}{tag}>' for tag in TAGS for slash in ('', '/')] + ['\n']
+  return tokenizer_lib.train_sentencepiece(env.text(), vocab_size=entry['vocab_size'], symbols=symbols, path=str(path))
+
+
+def shared(config: Mapping[str, Any], env: Environment, workdir: epath.Path) -> Shared:
+  """Returns what the stages of a run have in common, made from the first stage's config."""
+  return Shared(tokenizer(config['model']['tokenizer'], env, workdir), {'search': retriever(config['retriever'], env)})
+
+
+def plain(config: Any) -> Any:
+  """Returns a ConfigDict as plain dicts, lists as tuples: what everything behind `main` reads."""
+  if hasattr(config, 'items'):
+    return {k: plain(v) for k, v in config.items()}
+  return tuple(plain(v) for v in config) if isinstance(config, (list, tuple)) else config
+
+
+def differences(old: Any, new: Any, path: str = 'config') -> list[str]:
+  """Returns 'path: old -> new' of every entry in which two plain configs differ."""
+  if isinstance(old, Mapping) and isinstance(new, Mapping):
+    found = []
+    for name in sorted({*old, *new}):
+      found += differences(old.get(name, '(missing)'), new.get(name, '(missing)'), f'{path}.{name}')
+    return found
+  same = plain(old) == plain(new)
+  return [] if same else [f'{path}: {old!r} -> {new!r}']

@@ -1,0 +1,211 @@
+"""Trains: `python -m rlsearch.train --config=configs/search_r1_grpo.py --workdir=runs/mine`.
+
+The same command continues a run that was stopped.  Ctrl-C saves the last whole step and ends; a second one ends at
+once.  A config may have several stages (a cold start, then a method): each is one pass through `train` in its own
+folder, from the parameters that the stage before left.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import json
+import time
+from typing import Any, NamedTuple
+
+from absl import app, flags, logging
+from etils import epath
+import jax
+from ml_collections import config_flags
+import numpy as np
+
+from rlsearch import (checkpoint, engines, evaluate as evaluate_lib, logs, method as method_lib, outside, parallel,
+                      runs, settings, update)
+from rlsearch.checkpoint import Run
+from rlsearch.evaluate import Evals
+from rlsearch.models import model as models, params as params_lib
+from rlsearch.programs import make_programs, update_step
+from rlsearch.rollout import grow as grow_lib, pack as pack_lib, render as render_lib, score as score_lib
+from rlsearch.sampling import forest as forest_lib
+from rlsearch.settings import Shared
+
+Stop = Callable[[], bool]
+
+
+class Stage(NamedTuple):
+  """How a stage ended."""
+  finished: bool
+  seconds: float
+
+
+def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: epath.Path | None, shared: Shared,
+          stop: Stop) -> Stage:
+  """Runs one stage to its last step, or until `stop`.
+
+  Args:
+    config: resolved config of the stage (plain dicts).
+    name: of the stage.
+    folder: where it writes.
+    start_from: policy that the stage before left; None for initial values.
+    shared: tokenizer and services, which all stages have in common.
+    stop: asked between steps, and while sampling.
+  """
+  begun   = time.monotonic()
+  seed    = config['seed']
+  mesh    = parallel.make_mesh(config['mesh'])
+  model   = models.get(config['model'], shared.tok.vocab_size)
+  tx      = settings.optimizers(config, model)
+  method  = method_lib.build(config, tuple(model.trainable))
+  shard   = update.shardings(model, tx, mesh)
+  length, buckets = settings.lengths(config, mesh)
+  program = make_programs(model, method, tx, shard, mesh, settings.section('updates', settings.Update, config['updates']))
+
+  saved   = checkpoint.open_folder(folder / 'checkpoints', config['checkpoint']['keep'])
+  trunk   = params_lib.transformer_specs(model.config)
+  policy  = None if start_from is None else checkpoint.load_policy(start_from, params_lib.shardings(trunk, mesh), trunk)
+  run     = Run(update.init(model, tx, seed, shard, policy), method.schedule.init(), 0)
+  run     = run if saved.latest() is None else saved.restore(run)
+  first   = int(run.state.step)
+
+  sampler = parallel.make_mesh({'data': -1}, jax.local_devices())
+  engine  = method_lib.resolve('engine', engines, config['engine'], model, shared.tok, method.protocol.stops, sampler)
+  tools   = outside.make(shared.services, config['tools']['deadline_seconds'])
+  render  = render_lib.Render(method.protocol, shared.tok, length, config['retriever']['topk'])
+  env     = settings.environment(config)
+  render_lib.check_prompts(render, env.train, env.splits)
+  grow    = grow_lib.make_grow(method.sampling, method.rewards, env.train, render, engine, tools)
+  evals   = settings.section('evals', Evals, config['evals'])
+  writer  = logs.writer(folder, name, first, config['tensorboard'])
+  bar     = logs.progress(name, config['steps'], first)
+  clock   = logs.clock()
+  evaluate = evaluate_lib.make_evaluation(evals, shared.tok, env.splits, render, engine, tools, seed, config['steps'],
+                                          writer, bar.say)
+
+  for step in range(first, config['steps']):
+    hypers = method.schedule.hypers(step, run.memory)
+    with clock.part('sync'):
+      engine.set_params(parallel.to_replicated(program.policy(run.state), sampler), step)
+    with clock.part('eval'):
+      evaluate(step, stop)
+
+    # Host: questions -> forest -> episodes -> rewards.
+    with clock.part('rollout'):
+      grown = grow(parallel.own(run.position), parallel.share(config['data']['questions_per_step']), (seed, step),
+                   hypers, stop)
+    if parallel.any_host(stop()):
+      break                                                   # `run` is as the last whole step left it
+    with clock.part('score'):
+      rows     = method.sampling.rows(grown.forest)
+      episodes = [forest_lib.episode(grown.forest, row, (seed, step)) for row in rows]
+      scored   = score_lib.score_rows(method.rewards, episodes, grown.outcomes, tools, render.protocol.max_turns)
+      metrics  = logs.rollout_metrics(grown.forest, episodes, scored, grown.outcomes, config['max_failed_share'])
+    with clock.part('pack'):
+      packed   = pack_lib.pack_step(grown.forest, rows, scored.scored, buckets, render.protocol.max_turns,
+                                    config['train_roles'], parallel.batch_ways(mesh))
+      rewards  = pack_lib.rewards(scored, hypers, *packed.traj.turn_valid.shape)
+
+    # Device: rewards -> credit -> objective -> update.
+    with clock.part('update'):
+      state, advantage, sums = update_step(program, run.state, packed, rewards, buckets, hypers, (seed, step))
+
+    run = Run(state.replace(step=state.step + 1), run.memory, parallel.largest((grown.cursor.position - jax.process_index(),))[0])
+    summary = {**metrics, **sums, **{f'cost/{k}': v for k, v in engine.counts().items()},
+               **{f'hyper/{k}': v for k, v in hypers.items()}, 'rollout/forest_tokens': int(packed.lengths.sum()),
+               'cost/trained_tokens': float(np.sum(packed.traj.loss_weight > 0))}
+    run = run._replace(memory=method.schedule.update(run.memory, summary))
+    logs.raise_if_not_finite(summary, step)
+    if evals.episodes and evaluate_lib.due(step, evals.every):
+      writer.episodes(f'train-episodes-{step}.json', evaluate_lib.training_episodes(
+          shared.tok, step, episodes, scored, packed, advantage, evals.episodes))
+    with clock.part('checkpoint'):
+      if evaluate_lib.due(step + 1, config['checkpoint']['every']):
+        saved.save(run)
+    writer.step(step, {**summary, **clock.take()})
+    bar.update(step + 1, logs.key_numbers(summary))
+
+  finished = int(run.state.step) == config['steps']
+  saved.save(run)
+  saved.wait()
+  if finished:
+    engine.set_params(parallel.to_replicated(program.policy(run.state), sampler), config['steps'])
+    evaluate(config['steps'], stop)
+    checkpoint.save_policy(folder / 'policy', program.policy(run.state))
+  else:
+    bar.say(f'{name}: stopped; saved step {int(run.state.step)} of {config["steps"]} in {folder}.  '
+            'The same command continues.')
+  writer.close()
+  bar.close()
+  saved.close()
+  return Stage(finished, time.monotonic() - begun)
+
+
+def stage_configs(config: Any) -> dict[str, dict[str, Any]]:
+  """Returns the plain config of every stage by name, the last one the method's own.
+
+  Raises:
+    ValueError: an entry beside name and stages that the stages do not know.
+  """
+  plain = settings.plain(config)
+  stages = {**plain.pop('stages', {}), plain.pop('name'): plain}
+  for name, stage in stages.items():
+    try:
+      settings.check(stage)
+    except ValueError as error:
+      raise ValueError(f'stage {name!r}: {error}') from error
+  return stages
+
+
+def run_stages(config: Any, workdir: epath.Path, overwrite: bool) -> bool:
+  """Runs every stage that is not finished yet; returns whether the last one is."""
+  stages = stage_configs(config)
+  names = list(stages)
+  release = checkpoint.lock(workdir)
+  stop = runs.stop_on_signals(lambda text: print(text, flush=True))
+  runs.claim(workdir, {'name': names[-1], 'stages': stages}, overwrite)
+  env = settings.environment(stages[names[0]])
+  shared = settings.shared(stages[names[0]], env, workdir)
+  seconds_path = workdir / 'seconds.json'
+  seconds = json.loads(seconds_path.read_text()) if seconds_path.exists() else {}
+  start_from = None
+  for name in names:
+    folder = workdir / name
+    if not (folder / 'policy').exists():
+      ended = train(stages[name], name, folder, start_from, shared, stop)
+      seconds[name] = seconds.get(name, 0.0) + ended.seconds
+      if not jax.process_index():
+        seconds_path.write_text(json.dumps(seconds))
+      if not ended.finished:
+        return False
+    start_from = folder / 'policy'
+  summary = runs.summarize(workdir, names, seconds, stages[names[-1]]['seed'])
+  if not jax.process_index():
+    path = workdir / 'summary.json'
+    if not path.exists():
+      path.write_text(json.dumps(summary, indent=1))
+    print(runs.table(json.loads(path.read_text())))
+  release()
+  return True
+
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'Method and scale: FILE or FILE:SCALE.', lock_config=True)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; the same command continues what it holds.')
+_OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Delete a run of another config that the workdir holds.')
+_CPU_DEVICES = flags.DEFINE_integer('cpu_devices', 0, 'Virtual CPU devices; 0 leaves it to JAX.', lower_bound=0)
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f'unknown argument {argv[1]!r}; entries of the config are --config.a.b=value')
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)                    # orbax tells of every file it writes
+  if _CPU_DEVICES.value:
+    jax.config.update('jax_num_cpu_devices', _CPU_DEVICES.value)
+  runs.use_compilation_cache()
+  try:
+    finished = run_stages(_CONFIG.value, epath.Path(_WORKDIR.value), _OVERWRITE.value)
+  except (ValueError, RuntimeError, FloatingPointError) as error:
+    raise SystemExit(f'error: {error}') from error
+  raise SystemExit(0 if finished else 3)
+
+
+if __name__ == '__main__':
+  flags.mark_flags_as_required(['config', 'workdir'])
+  app.run(main)
