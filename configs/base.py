@@ -44,7 +44,7 @@ def _qwen(variant):
       updates=dict(microbatch_rows=64))
 
 
-_MUON = dict(name='muon', momentum=0.95, steps=5, adam_scale=0.2, b1=0.9, b2=0.95, clip_norm=1.0)
+_MUON = dict(name='muon', momentum=0.9, steps=4, adam_scale=2.0, b1=0.9, b2=0.95, clip_norm=1.0)
 _WORLD = dict(name='embedded', preset='demo', seed=-1, num_entities=1000, num_famous=12, num_train=5400,
               num_validation=256, num_test=512, redraw_names=True, block=8, demonstrations=None)
 
@@ -54,14 +54,14 @@ SCALES = {
         mesh=dict(data=-1, fsdp=1),
         model=dict(init='copy_heads', reference=False),
         data=dict(questions_per_step=32, source=ConfigDict(_WORLD)),
-        retriever=ConfigDict(dict(name='bm25', topk=2, title_weight=2)),
-        engine=dict(rows=64, contexts=(32, 96, 160, 256), max_new_tokens=24),
-        length=dict(prompt=40, turn=24, observation=80, total=256,
-                    buckets=((32, 96), (32, 160), (32, 256))),
+        retriever=ConfigDict(dict(name='bm25', topk=1, title_weight=2)),
+        engine=dict(rows=64, contexts=(32, 72, 120, 208), max_new_tokens=24),
+        length=dict(prompt=40, turn=24, observation=48, total=208,
+                    buckets=((32, 72), (32, 120), (32, 208))),
         protocol=dict(max_searches=3, prompt='question', reminder='short', separator='', document=' {title} : {text}'),
         schedule=dict(kl_coef=0.0, entropy_coef=0.0,
                       lr=ConfigDict(dict(name='linear', start=3e-3, stop=3e-4, steps=60))),
-        optimizer=ConfigDict({**_MUON, 'adam_scale': 0.1}),
+        optimizer=ConfigDict({**_MUON, 'adam_scale': 0.2}),
         updates=dict(minibatches=1, epochs=1, microbatch_rows=8, old_logp='sampler'),
         evals=dict(every=20, num=256),
         checkpoint=dict(every=20)),

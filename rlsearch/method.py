@@ -11,7 +11,7 @@ import jax
 from rlsearch import credit as credits, objectives, protocols, rewards as reward_terms, sampling, schedules
 from rlsearch.objectives import regularizers
 from rlsearch.rewards import combine as combine_rules
-from rlsearch.types import (CreditFn, ObjectiveFn, Protocol, RewardTerm, SamplingPlan, Schedule)
+from rlsearch.types import (ROLES, CreditFn, ObjectiveFn, Protocol, RewardTerm, SamplingPlan, Schedule)
 
 
 class Method(NamedTuple):
@@ -90,6 +90,8 @@ def check(config: Mapping[str, Any]) -> None:
   kl = config['schedule'].get('kl_coef', 0)
   if kl != 0 and not model['reference'] and config['objective'].get('kl') is not None:
     raise ValueError(f'config.schedule.kl_coef={kl!r}: a divergence wants a reference; config.model.reference=False')
+  if kl != 0 and config['objective'].get('kl') is None:
+    raise ValueError(f'config.schedule.kl_coef={kl!r}: config.objective.name={config["objective"].get("name")!r} states no kl')
   if config['objective'].get('kl', 'k3') not in regularizers.BY_NAME:
     raise ValueError(f'config.objective.kl={config["objective"]["kl"]!r}; known: {sorted(regularizers.BY_NAME)}')
   samples = sampling_entry.get('num_samples')
@@ -106,5 +108,11 @@ def check(config: Mapping[str, Any]) -> None:
     raise ValueError('config.rewards={}: the credit function compares rewards; wants at least one term')
   if config['updates']['old_logp'] not in ('sampler', 'trainer'):
     raise ValueError(f'config.updates.old_logp={config["updates"]["old_logp"]!r}; known: sampler, trainer')
+  trainable = sorted(set(ROLES) - {'prompt'})               # a prompt belongs to no turn
+  for role, weight in config['train_roles'].items():
+    if role not in trainable:
+      raise ValueError(f'config.train_roles.{role}={weight!r}: unknown role; known: {trainable}')
+    if not isinstance(weight, (int, float)) or not weight >= 0:
+      raise ValueError(f'config.train_roles.{role}={weight!r}: wants a weight of 0 or more')
   if config['sampling'].get('name') != 'demonstrations' and 'policy' not in config['train_roles']:
     raise ValueError(f'config.train_roles={dict(config["train_roles"])}: a sampled method trains the role policy')

@@ -30,7 +30,8 @@ def make(services: Mapping[str, Service], deadline_seconds: float, max_batch: in
   """
   if deadline_seconds <= 0:
     raise ValueError(f'config.tools.deadline_seconds={deadline_seconds}: wants a positive number')
-  pool = ThreadPoolExecutor(max_workers=max(1, len(services)), thread_name_prefix='tool')
+  # One each: a tool that hangs holds up its own calls alone, and a service need not be safe for threads.
+  pools = {tool: ThreadPoolExecutor(max_workers=1, thread_name_prefix=f'tool-{tool}') for tool in services}
   ended: queue.SimpleQueue = queue.SimpleQueue()
   deadlines: dict[tuple, tuple[float, Call]] = {}
 
@@ -53,14 +54,20 @@ def make(services: Mapping[str, Service], deadline_seconds: float, max_batch: in
       if call.tool not in services:
         raise ValueError(f'tool {call.tool!r}: no service; known: {sorted(services)}')
       by_tool.setdefault(call.tool, []).append(call)
+    for call in calls:
       deadlines[call.uid] = time.monotonic() + deadline_seconds, call
     for tool, group in by_tool.items():
       for i in range(0, len(group), max_batch):
-        pool.submit(run, tool, group[i:i + max_batch])
+        pools[tool].submit(run, tool, group[i:i + max_batch])
 
   def take(pairs):
-    """What is still wanted: a call that has timed out already is gone from the table."""
-    return [(call, outcome) for call, outcome in pairs if deadlines.pop(call.uid, None) is not None]
+    """What is still wanted: a call that has timed out is gone from the table, or another has its uid by now."""
+    wanted = []
+    for call, outcome in pairs:
+      if deadlines.get(call.uid, (0, None))[1] is call:
+        del deadlines[call.uid]
+        wanted.append((call, outcome))
+    return wanted
 
   def late(now):
     over = [(uid, call) for uid, (deadline, call) in deadlines.items() if deadline <= now]

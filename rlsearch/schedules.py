@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+import math
 from typing import Any
 
 import optax
@@ -26,6 +27,8 @@ def warmup_cosine(*, peak: float, warmup_steps: int, steps: int, final: float) -
 
   The rise starts at peak / warmup_steps, so that no step is lost.
   """
+  if peak == 0:
+    raise ValueError('config.schedule: peak=0 of warmup_cosine; wants another number, or constant')
   fall = optax.cosine_decay_schedule(peak, max(1, steps - warmup_steps), alpha=final / peak)
   return lambda step: (float(peak) * (step + 1) / warmup_steps if step < warmup_steps
                        else float(fall(step - warmup_steps)))
@@ -69,7 +72,13 @@ def make(entry: Mapping[str, Any], groups: Sequence[str], terms: Sequence[str], 
   per_group = isinstance(lr, Mapping) and 'name' not in lr
   if per_group and set(lr) != set(groups):
     raise ValueError(f'config.schedule.lr: groups {sorted(lr)}; the trainable groups are {sorted(groups)}')
-  read = lambda path, x: resolve(path, x) if isinstance(x, Mapping) else constant(value=x)
+  def read(path: str, x: Any) -> StepFn:
+    if isinstance(x, Mapping):
+      return resolve(path, x)
+    if not isinstance(x, (int, float)) or not math.isfinite(x):
+      raise ValueError(f'config.{path}={x!r}: wants a number, or an entry with a name; known: {__all__}')
+    return constant(value=x)
+
   functions: dict[str, StepFn] = {
       **{f'lr/{g}': read('schedule.lr', lr[g] if per_group else lr) for g in groups},
       **{name: read(f'schedule.{name}', entry[name]) for name in REQUIRED[1:]},

@@ -158,7 +158,8 @@ class TestDamage:
     run = fake_run(tmp_path)
     metrics = run / STAGES[1] / 'metrics.jsonl'
     metrics.write_text('[1]\n{"step": "x"}\n' + metrics.read_text() +
-                       '{"step": 7, "reward/em": "a"}\n{"step": 8, "update/kl": ' + '9' * 400 + ', "time/rollout": null}\n')
+                       '{"step": 7, "reward/em": "a"}\n{"step": 8, "update/kl": ' + '9' * 400 +
+                       ', "time/rollout": null}\n')
     (run / 'config.json').write_text('{"name": ')
     (run / 'run.json').write_text('[1]')
     dump(run / STAGES[1] / 'episodes-9.json', {'episodes': [

@@ -14,12 +14,13 @@ from rlsearch.models.config import ModelConfig
 from rlsearch.types import Params
 
 
-def with_copy_heads(config: ModelConfig, params: Params, key: jax.Array, amplitude: float = 4.0) -> Params:
+def with_copy_heads(config: ModelConfig, params: Params, key: jax.Array, amplitude: float = 4.0,
+                    previous_scale: float = 0.18, match_scale: float = 0.12) -> Params:
   """Returns params whose first key/value head copies: layer 0 looks one token back, the layers above match.
 
   Layer 0: small W_q, W_k and biases b_q = u, b_k = R(1) u, so that the score Σ u² cos(f (Δ - 1)) peaks at
-  distance Δ = 1; W_o = Uᵀ / G writes the previous token into a random subspace U.
-  Layers above: W_k = 2 U reads that subspace, W_q = 2 W_v(layer 0) reads the token itself, W_o = (2 / G) W_vᵀ
+  distance Δ = 1; W_o = s Uᵀ / G writes the previous token into a random subspace U.
+  Layers above: W_k = 2 U reads that subspace, W_q = 2 W_v(layer 0) reads the token itself, W_o = (2 s' / G) W_vᵀ
   writes the matched token back.  The subspace is another one than the token's own, else a token matches itself.
 
   Args:
@@ -27,6 +28,8 @@ def with_copy_heads(config: ModelConfig, params: Params, key: jax.Array, amplitu
     params: random initial values.
     key: of U.
     amplitude: of u; larger is sharper.
+    previous_scale: of what layer 0 writes; 0.18 is the size of an embedding of rms width^-1/2 at width 128.
+    match_scale: of what the layers above write.
 
   Raises:
     ValueError: the shape cannot hold the circuit.
@@ -40,15 +43,18 @@ def with_copy_heads(config: ModelConfig, params: Params, key: jax.Array, amplitu
   u = jnp.where(freq > 0.05, 1.0, 0.3) * amplitude
   subspace = jax.random.normal(key, (config.width, config.head_size)) * config.width ** -0.5
   mine = slice(0, groups)                                     # the queries of key/value head 0
+  # The residual stream starts as the embedding and what the circuit writes, each about as large as the other:
+  # the remaining outputs start at zero.
+  p['o'], p['down'] = jnp.zeros_like(p['o']), jnp.zeros_like(p['down'])
 
   p['q_bias'] = p['q_bias'].at[0, mine].set(jnp.concatenate([u, 0 * u]))
   p['k_bias'] = p['k_bias'].at[0, 0].set(jnp.concatenate([u * jnp.cos(freq), u * jnp.sin(freq)]))
   p['q'] = p['q'].at[0, :, mine].multiply(0.1)
   p['k'] = p['k'].at[0, :, 0].multiply(0.1)
-  p['o'] = p['o'].at[0, mine].set(subspace.T / groups)
+  p['o'] = p['o'].at[0, mine].set(previous_scale * subspace.T / groups)
   for layer in range(1, config.num_layers):
     p['k'] = p['k'].at[layer, :, 0].set(2 * subspace)
     p['q'] = p['q'].at[layer, :, mine].set(2 * jnp.broadcast_to(
         p['v'][0, :, 0][:, None], (config.width, groups, config.head_size)))
-    p['o'] = p['o'].at[layer, mine].set(2 / groups * p['v'][layer, :, 0].T)
+    p['o'] = p['o'].at[layer, mine].set(match_scale * 2 / groups * p['v'][layer, :, 0].T)
   return {**params, 'layers': p}

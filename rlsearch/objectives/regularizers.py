@@ -14,8 +14,8 @@ K3_LIMIT = 10.0
 
 
 def k1(logp: jax.Array, ref_logp: jax.Array) -> jax.Array:
-  """Returns log π - log ref."""
-  return logp - ref_logp
+  """Returns log π - log ref, clamped to ±20: a token that one of the two never says stays finite."""
+  return jnp.clip(logp - ref_logp, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
 
 
 def k2(logp: jax.Array, ref_logp: jax.Array) -> jax.Array:

@@ -57,9 +57,9 @@ def make_grow(plan: SamplingPlan, terms: Mapping[str, RewardTerm], source: Sourc
     sampling, calling, outcomes = {}, {}, {}                      # in flight, in flight, how calls ended
 
     def ask(calls, q, i):                                         # each call once a step
-      new = [c for c in calls if c.uid not in outcomes and c.uid not in calling]
-      calling.update({c.uid: (q, i) for c in new})
-      return new
+      new = {c.uid: c for c in calls if c.uid not in outcomes and c.uid not in calling}
+      calling.update(dict.fromkeys(new, (q, i)))
+      return list(new.values())
 
     def finish(q, e, request, turn):
       trees[q], i = render_lib.add(render, trees[q], e.node, request, turn)

@@ -38,7 +38,8 @@ def prompt_ids(render: Render, question: Question) -> tuple[Ids, ...]:
   Raises:
     ValueError: a prompt longer than its budget; the question is named.
   """
-  found = tuple(render.tok.encode_template(text) for text in render.protocol.prompts(question))
+  # `encode`: a question and a passage are untrusted, and may not spell a control token.
+  found = tuple(render.tok.encode(text) for text in render.protocol.prompts(question))
   for ids in found:
     if len(ids) > render.length.prompt or len(ids) >= render.length.total:
       raise ValueError(f'question {question.uid!r}: its prompt has {len(ids)} tokens; config.length allows '
@@ -155,11 +156,12 @@ def fit(render: Render, action: Action, passages: Sequence[Passage], turns_left:
         ) -> tuple[Ids | None, tuple[Passage, ...]]:
   """Returns an observation of at most `room` tokens, closed, and the passages that it shows.
 
-  Passages go from the end, then words of the last one left; None if not even the empty observation fits.
+  Passages go from the end, then words of the last one left; None if not even its title fits, for an observation that
+  shows nothing would say that nothing was found.
   (Search-R1 cuts the closing tag off instead.)
   """
   def ids(shown):
-    return render.tok.encode_template(render.protocol.observe(action, shown, turns_left))
+    return render.tok.encode(render.protocol.observe(action, shown, turns_left))
   shown = tuple(passages)
   while True:
     found = ids(shown)

@@ -36,7 +36,11 @@ def node_calls(terms: Mapping[str, RewardTerm], names: Sequence[str], tree: Tree
 
 def score_node(terms: Mapping[str, RewardTerm], names: Sequence[str], tree: Tree, i: int, key: Key,
                outcomes: Mapping[tuple, Outcome], hypers: Hypers) -> Tree:
-  """Returns the tree with node i's score: the weighted sum of what the named terms say about its turn."""
+  """Returns the tree with node i's score: the weighted sum of what the named terms say about its turn.
+
+  Raises:
+    ValueError: as score_rows.
+  """
   episode, total = _episode(tree, i, key), 0.0
   outcome = Outcome(OK)
   for name in names:
@@ -44,6 +48,7 @@ def score_node(terms: Mapping[str, RewardTerm], names: Sequence[str], tree: Tree
     if said is None:
       outcome = Outcome(MALFORMED, f'term {name!r} could not score')
       break
+    _check(name, episode, said)
     total += hypers[f'weight/{name}'] * (said[-1] or 0.0)
   node = tree.nodes[i]._replace(score=outcome if outcome.kind != OK else outcome._replace(value=total))
   return forest_lib.replace(tree, i, node)
@@ -70,11 +75,17 @@ def score_rows(terms: Mapping[str, RewardTerm], episodes: Sequence[Episode], out
       if said is None:
         scored[b] = False
         continue
-      if len(said) != len(episode.turns):
-        raise ValueError(f'reward term {name!r}: {len(said)} entries for {len(episode.turns)} turns')
+      _check(name, episode, said)
       for k, x in enumerate(said):
         if x is not None:
-          if not np.isfinite(x):
-            raise ValueError(f'reward term {name!r}: {x} for turn {k} of question {episode.question.uid!r}')
           values[name][b, k], given[name][b, k] = x, True
   return Scored(values, given, scored)
+
+
+def _check(name: str, episode: Episode, said: Sequence[float | None]) -> None:
+  """Raises ValueError unless a term gave one entry per turn, each finite or nothing."""
+  if len(said) != len(episode.turns):
+    raise ValueError(f'reward term {name!r}: {len(said)} entries for {len(episode.turns)} turns')
+  for k, x in enumerate(said):
+    if x is not None and not np.isfinite(x):
+      raise ValueError(f'reward term {name!r}: {x} for turn {k} of question {episode.question.uid!r}')

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from rlsearch.types import NOT_CONTINUED, Episode, Expansion, Forest, Key, Node, Question, Row, Tree, Turn
+from rlsearch.types import NOT_CONTINUED, TURN_LIMIT, Episode, Expansion, Forest, Key, Node, Question, Row, Tree, Turn
 
 
 def plant(question: Question, prompts: tuple, max_turns: int) -> Tree:
@@ -75,7 +75,9 @@ def _sorted(tree: Tree) -> Tree:
 def closed(trees: Mapping[int, Tree], busy: Iterable[int], key: Key) -> list[Key]:
   """Returns the keys of nodes that nothing will continue: those that ended, and all of a tree that stands still."""
   busy = set(busy)
-  return [(*key, q, *node.path) for q, tree in trees.items() for node in tree.nodes if q not in busy or node.ended]
+  # A plan may still force an answer behind the turn limit.
+  return [(*key, q, *node.path) for q, tree in trees.items() for node in tree.nodes
+          if q not in busy or node.ended not in ('', TURN_LIMIT)]
 
 
 def episode(forest: Forest, row: Row, key: Key) -> Episode:

@@ -1,0 +1,156 @@
+"""From a config to six functions: every rule says the entry's path, what was found and what is known."""
+from __future__ import annotations
+
+import copy
+import re
+import types
+
+import fakes
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlsearch import credit, method, objectives, rewards, sampling
+
+CONFIG = dict(
+    model=dict(reference=True), protocol=dict(name='search_r1', max_searches=2),
+    sampling=dict(name='independent', num_samples=4),
+    rewards=dict(em=dict(name='exact_match')), combine=dict(name='weighted_sum'),
+    credit=dict(name='group_relative', normalize_std=True),
+    objective=dict(name='clipped_surrogate', clip_low=0.2, clip_high=0.2, kl='k3', aggregate='token'),
+    schedule=dict(lr=1e-3, kl_coef=1e-3, entropy_coef=0.0, temperature=1.0, weights=dict(em=2.0)),
+    updates=dict(old_logp='trainer'), train_roles=dict(policy=1.0))
+COLD = dict(sampling=dict(name='demonstrations'), rewards={}, credit=dict(name='uniform'),
+            objective=dict(name='supervised'),
+            schedule=dict(lr=1e-3, kl_coef=0.0, entropy_coef=0.0, temperature=1.0),
+            train_roles=dict(forced=1.0, observation=0.3))
+
+
+def config(**sections):
+  return {**copy.deepcopy(CONFIG), **sections}
+
+
+def but(path, value, base=CONFIG):
+  """The config with one entry changed; None removes it."""
+  out = copy.deepcopy(base)
+  *head, last = path.split('.')
+  at = out
+  for name in head:
+    at = at[name]
+  if value is None:
+    del at[last]
+  else:
+    at[last] = value
+  return out
+
+
+class TestBuild:
+
+  def test_search_r1(self):
+    built = method.build(CONFIG, ('policy',))
+    assert built.protocol.max_turns == 3 and set(built.rewards) == {'em'}
+    assert built.schedule.hypers(0, ())['weight/em'] == 2.0
+
+  def test_cold_start(self):
+    assert method.build(config(**COLD), ('policy',)).rewards == {}
+
+  def test_credit_combines_first(self):
+    # Outcomes 1 and 0 weighted by 2: mean-only advantages 1 and -1.
+    built = method.build(but('credit', dict(name='group_relative', normalize_std=False)), ('policy',))
+    traj = fakes.one_turn_rows([[1], [1]]).replace(group_id=np.zeros(2, np.int32))
+    r = fakes.rewards(np.zeros((2, 1))).replace(terms={'em': np.float32([[1], [0]])},
+                                                given={'em': np.ones((2, 1), bool)},
+                                                weights={'em': np.float32(2)})
+    np.testing.assert_allclose(built.credit(traj, r, fakes.no_snapshot(traj)).advantage, [[1], [-1]])
+
+  def test_credit_passes_no_gradient(self):
+    built = method.build(but('credit', dict(name='group_relative', normalize_std=False)), ('policy',))
+    traj = fakes.one_turn_rows([[1], [1]]).replace(group_id=np.zeros(2, np.int32))
+    def total(x):
+      r = fakes.rewards(np.zeros((2, 1))).replace(terms={'em': x}, given={'em': np.ones((2, 1), bool)},
+                                                  weights={'em': jnp.float32(2)})
+      return jnp.sum(built.credit(traj, r, fakes.no_snapshot(traj)).advantage ** 2)
+    np.testing.assert_array_equal(jax.grad(total)(jnp.float32([[1], [0]])), 0)
+
+  @pytest.mark.parametrize('path, value, message', [
+      ('protocol.name', 'react', r"config.protocol.name='react'; known: ['search_r1']"),
+      ('sampling.name', 'tree', "config.sampling.name='tree'; known: ['demonstrations', 'independent']"),
+      ('rewards.em.name', 'bleu', "config.rewards.em.name='bleu'; known: ['exact_match', 'format_followed', 'gold_recall', 'token_f1']"),
+      ('combine.name', 'product', "config.combine.name='product'; known: ['weighted_sum']"),
+      ('credit.name', 'gae', "config.credit.name='gae'; known: ['group_relative', 'uniform']"),
+      ('objective.name', 'dpo', "config.objective.name='dpo'; known: ['clipped_surrogate', 'supervised']"),
+      ('schedule.lr', dict(name='step'), "config.schedule.lr.name='step'; known: ["),
+      ('sampling.n', 3, "config.sampling (independent).n=3: unknown entry; known: ['num_samples']"),
+      ('credit.gamma', 1.0, "config.credit (group_relative).gamma=1.0: unknown entry; known: ['ddof', 'eps', 'normalize_std']"),
+      ('rewards.em.right', 1, "config.rewards.em (exact_match).right=1: unknown entry; known: ['wrong']"),
+      ('objective.clip', 1, 'config.objective (clipped_surrogate).clip=1: unknown entry; known: ['),
+      ('credit.normalize_std', None, 'config.credit (group_relative).normalize_std: missing'),
+      ('sampling.num_samples', None, 'config.sampling (independent).num_samples: missing'),
+      ('objective.aggregate', None, 'config.objective (clipped_surrogate).aggregate: missing'),
+      ('protocol', 'search_r1', "config.protocol='search_r1': wants an entry with a name; known: ['search_r1']"),
+      ('combine', {}, "config.combine={}: wants an entry with a name; known: ['weighted_sum']"),
+      ('protocol.max_searches', -1, 'config.protocol.max_searches=-1'),
+      ('objective.aggregate', 'rows', "config.objective.aggregate='rows'; known: ['sequence', 'token']"),
+      ('schedule.weights.f1', 1.0, "config.schedule.weights.f1: no such reward term; known: ['em']"),
+  ])
+  def test_bad_entries(self, path, value, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+      method.build(but(path, value), ('policy',))
+
+
+class TestResolve:
+
+  OPTIONS = types.SimpleNamespace(__all__=['make'], make=lambda *args, a, b=2: (args, a, b), hidden=lambda: 'hidden')
+
+  def test_arguments_and_defaults(self):
+    assert method.resolve('x', self.OPTIONS, dict(name='make', a=1), 'first') == (('first',), 1, 2)
+
+  def test_what_is_not_listed_is_unknown(self):
+    for name in ('hidden', '__all__', 'Make', None, 3):
+      with pytest.raises(ValueError, match=re.escape(f"config.x.name={name!r}; known: ['make']")):
+        method.resolve('x', self.OPTIONS, dict(name=name))
+
+  def test_positional_arguments_are_no_entries(self):
+    options = types.SimpleNamespace(__all__=['make'], make=lambda specs, *, a: (specs, a))
+    with pytest.raises(ValueError, match=re.escape("config.x (make).specs=1: unknown entry; known: ['a']")):
+      method.resolve('x', options, dict(name='make', specs=1, a=1), 'specs')
+
+  @pytest.mark.parametrize('module', [credit, objectives, rewards, sampling])
+  def test_every_factory_takes_entries_only(self, module):
+    for name in module.__all__:
+      with pytest.raises(ValueError, match=f'.nonsense=1: unknown entry'):
+        method.resolve('x', module, dict(name=name, nonsense=1))
+
+
+class TestCheck:
+
+  def test_possible_configs_pass(self):
+    method.check(CONFIG)
+    method.check(config(**COLD))
+    method.check(config(model=dict(reference=False), schedule={**CONFIG['schedule'], 'kl_coef': 0.0}))
+
+  @pytest.mark.parametrize('changed, message', [
+      (but('model.reference', False), 'config.schedule.kl_coef=0.001: a divergence wants a reference; config.model.reference=False'),
+      (but('schedule.kl_coef', dict(name='linear', start=0., stop=1., steps=9), but('model.reference', False)),
+       'a divergence wants a reference; config.model.reference=False'),
+      (but('objective.kl', 'k4'), "config.objective.kl='k4'; known: ['k1', 'k2', 'k3']"),
+      (but('sampling.num_samples', 1), "config.sampling.num_samples=1: the baseline of config.credit.name='group_relative' is a group of at least 2"),
+      (but('sampling', dict(name='demonstrations')),
+       "config.credit.name='group_relative': demonstrations have no group; known here: uniform"),
+      (but('sampling.scored_by', ('judge',)), "config.sampling.scored_by: 'judge' is no reward term; known: ['em']"),
+      (but('rewards', {}), 'config.rewards={}: the credit function compares rewards; wants at least one term'),
+      (but('updates.old_logp', 'engine'), "config.updates.old_logp='engine'; known: sampler, trainer"),
+      (but('train_roles', dict(forced=1.0)),
+       "config.train_roles={'forced': 1.0}: a sampled method trains the role policy"),
+      (but('train_roles', dict(policy=1.0, model=1.0)),
+       "config.train_roles.model=1.0: unknown role; known: ['forced', 'observation', 'policy']"),
+      (but('train_roles', dict(policy=1.0, prompt=1.0)),
+       "config.train_roles.prompt=1.0: unknown role; known: ['forced', 'observation', 'policy']"),
+      (but('train_roles', dict(policy=-1.0)), 'config.train_roles.policy=-1.0: wants a weight of 0 or more'),
+      (but('schedule.kl_coef', 0.1, config(**COLD)),
+       "config.schedule.kl_coef=0.1: config.objective.name='supervised' states no kl"),
+  ])
+  def test_impossible_combinations(self, changed, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+      method.check(changed)
