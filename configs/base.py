@@ -26,7 +26,7 @@ def get_config():
   c.length = dict(prompt=2048, turn=500, observation=500, total=4096, buckets=((64, 4096),))
   c.combine = dict(name='weighted_sum')
   c.train_roles = dict(policy=1.0)
-  c.updates = dict(minibatches=1, epochs=1, microbatch_rows=8, old_logp='trainer')
+  c.updates = dict(minibatches=1, epochs=1, microbatch_rows=8, drop_zero_credit=False, old_logp='trainer')
   c.evals = dict(every=100, split='validation', num=256, final_split='test', final_num=512,
                  modes=('sampled', 'greedy'), episodes=20)
   c.checkpoint = dict(every=50, keep=2)
@@ -50,21 +50,22 @@ _WORLD = dict(name='embedded', preset='demo', seed=-1, num_entities=1000, num_fa
 
 SCALES = {
     'embedded': dict(
-        steps=60,
+        steps=20,
         mesh=dict(data=-1, fsdp=1),
         model=dict(init='copy_heads', reference=False),
         data=dict(questions_per_step=32, source=ConfigDict(_WORLD)),
         retriever=ConfigDict(dict(name='bm25', topk=1, title_weight=2)),
         engine=dict(rows=64, contexts=(32, 72, 120, 208), max_new_tokens=24),
         length=dict(prompt=40, turn=24, observation=48, total=208,
-                    buckets=((32, 72), (32, 120), (32, 208))),
+                    buckets=((16, 72), (16, 120), (16, 160), (16, 208))),
         protocol=dict(max_searches=3, prompt='question', reminder='short', separator='', document=' {title} : {text}'),
         schedule=dict(kl_coef=0.0, entropy_coef=0.0,
-                      lr=ConfigDict(dict(name='linear', start=3e-3, stop=3e-4, steps=60))),
+                      lr=ConfigDict(dict(name='linear', start=3e-3, stop=1e-3, steps=20))),
         optimizer=ConfigDict({**_MUON, 'adam_scale': 0.2}),
-        updates=dict(minibatches=1, epochs=1, microbatch_rows=8, old_logp='sampler'),
-        evals=dict(every=20, num=256),
-        checkpoint=dict(every=20)),
+        updates=dict(minibatches=1, epochs=1, microbatch_rows=8, drop_zero_credit=True,
+                     old_logp='sampler'),
+        evals=dict(every=10, num=256),
+        checkpoint=dict(every=5)),
     'qwen2_5_3b': _qwen('qwen2_5_3b'),
     'qwen2_5_7b': _qwen('qwen2_5_7b'),
 }

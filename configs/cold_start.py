@@ -5,7 +5,7 @@ a likelihood objective.  Passages are trained with weight 0.3: a passage repeats
 """
 from ml_collections import ConfigDict
 
-STEPS = 700
+STEPS = 450
 
 
 def get_stage(method):
@@ -14,7 +14,7 @@ def get_stage(method):
   del c.name, c.stages
   c.steps = STEPS
   c.data.questions_per_step = 8
-  c.data.source.demonstrations = dict(noise=0.3, clean_positions=800, famous_every=25, topk=c.retriever.topk,
+  c.data.source.demonstrations = dict(noise=0.45, clean_positions=600, famous_every=25, topk=c.retriever.topk,
                                       title_weight=c.retriever.title_weight)
   c.sampling = dict(name='demonstrations')
   c.rewards = {}
@@ -26,7 +26,7 @@ def get_stage(method):
       kl_coef=0.0, entropy_coef=0.0, temperature=1.0)
   c.optimizer = dict(name='muon', momentum=0.9, steps=4, adam_scale=2.0, b1=0.9, b2=0.95, clip_norm=1.0)
   c.length.buckets = ((8, 72), (8, 112), (8, 160), (8, 208))
-  c.updates = dict(minibatches=1, epochs=1, microbatch_rows=8, old_logp='sampler')
+  c.updates = dict(minibatches=1, epochs=1, microbatch_rows=8, drop_zero_credit=False, old_logp='sampler')
   c.evals.update(every=0, final_num=0, episodes=0)
   c.checkpoint.every = 400
   return c

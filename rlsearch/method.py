@@ -106,6 +106,9 @@ def check(config: Mapping[str, Any]) -> None:
       raise ValueError(f'config.sampling.scored_by: {name!r} is no reward term; known: {sorted(config["rewards"])}')
   if credit_entry.get('name') in GROUP_BASELINES and not config['rewards']:
     raise ValueError('config.rewards={}: the credit function compares rewards; wants at least one term')
+  if config['updates']['drop_zero_credit'] and (kl != 0 or config['schedule'].get('entropy_coef', 0) != 0):
+    raise ValueError('config.updates.drop_zero_credit=True: a row without advantage still has a gradient when '
+                     f'config.schedule.kl_coef={kl!r} or entropy_coef={config["schedule"].get("entropy_coef")!r} is not 0')
   if config['updates']['old_logp'] not in ('sampler', 'trainer'):
     raise ValueError(f'config.updates.old_logp={config["updates"]["old_logp"]!r}; known: sampler, trainer')
   trainable = sorted(set(ROLES) - {'prompt'})               # a prompt belongs to no turn

@@ -110,7 +110,11 @@ def update_step(program: Programs, state: TrainState, packed: Packed, rewards: R
   traj_all, snap_all = parallel.to_global((traj, snap), shard.rows)
   cred = parallel.local_rows(program.credit(traj_all, _global_rewards(rewards, shard), snap_all))
   done = []
+  useful = np.any(cred.advantage != 0, axis=1) | (not program.options.drop_zero_credit)
   for members in minibatches(packed, program.options, key):
+    members = members[useful[members]]
+    if not parallel.largest((len(members),))[0]:
+      continue                                       # no host has a row with signal: nothing to learn from
     sums = program.zeros()
     for bucket, rows in blocks_of(packed.lengths, members, buckets):
       host_rows = bucket._replace(rows=bucket.rows // jax.process_count())
@@ -121,8 +125,13 @@ def update_step(program: Programs, state: TrainState, packed: Packed, rewards: R
       real, padding = real + int(packed.lengths[rows].sum()), padding + host_rows.rows * host_rows.length
     state, metrics = program.settle(program.apply(state, sums, hypers))
     done.append(metrics)
-  means = {**logs.means(done), 'update/padding_share': 1 - real / max(1, padding), 'update/optimizer_steps': len(done)}
+  means = {**logs.means(done), 'update/padding_share': 1 - real / max(1, padding), 'update/optimizer_steps': len(done),
+           'update/rows_dropped': int(np.sum(~useful[everyone])), 'cost/trained_tokens': _trained(packed, useful)}
   return state, cred.advantage, means
+
+
+def _trained(packed: Packed, useful: np.ndarray) -> float:
+  return float(np.sum(packed.traj.loss_weight[useful] > 0))
 
 
 def _global_rewards(rewards: Rewards, shard: Shardings) -> Rewards:

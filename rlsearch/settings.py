@@ -37,11 +37,14 @@ class Update(NamedTuple):
     minibatches: optimizer steps per epoch; the step's questions are divided among them.
     epochs: passes over the step's rows.
     microbatch_rows: rows of one forward and backward pass.
+    drop_zero_credit: leave rows without any advantage out of the update (DAPO's dropping of groups without signal,
+      Yu et al. 2025, Sec. 3.2, but without the refill); their mean is then over the rows that are left.
     old_logp: 'trainer' computes the old log-probabilities anew, 'sampler' takes the sampler's.
   """
   minibatches: int
   epochs: int
   microbatch_rows: int
+  drop_zero_credit: bool
   old_logp: str
 
 

@@ -108,8 +108,7 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
 
     run = Run(state.replace(step=state.step + 1), run.memory, parallel.largest((grown.cursor.position - jax.process_index(),))[0])
     summary = {**metrics, **sums, **{f'cost/{k}': v for k, v in engine.counts().items()},
-               **{f'hyper/{k}': v for k, v in hypers.items()}, 'rollout/forest_tokens': int(packed.lengths.sum()),
-               'cost/trained_tokens': float(np.sum(packed.traj.loss_weight > 0))}
+               **{f'hyper/{k}': v for k, v in hypers.items()}, 'rollout/forest_tokens': int(packed.lengths.sum())}
     run = run._replace(memory=method.schedule.update(run.memory, summary))
     logs.raise_if_not_finite(summary, step)
     if evals.episodes and evaluate_lib.due(step, evals.every):

@@ -18,7 +18,7 @@ from rlsearch.envs import encyclopedia as envs
 from rlsearch.envs import encyclopedia_text as text_of
 from rlsearch.envs import expert
 
-TURN = re.compile(r'<think> (?:the (\w+) is (\w+ \w+) )?(?:find the (\w+) )?</think>'
+TURN = re.compile(r'<think> (?:take (\w+)|the (\w+) is (\w+ \w+) after (\w+) (\w+)) </think>'
                   r'(?:<search> ([\w ]+) </search>|<answer> ([\w ]+) </answer>)')
 
 
@@ -98,7 +98,7 @@ class TestMakeWorld:
   def test_bytes_are_those_of_other_machines(self):
     # Computed once; a change here changes every published number.
     assert fingerprint(envs.make_world(0, 200)) == (
-        '5885890abedae1d1dde9ac05db6af771fe6696203601523a1e65a0746d1e2671')
+        '3c66c3737f7263a4294a5161d997d1ac29355ef77f229a8380be5b38902e9b9e')
 
   def test_other_seeds_and_sizes_differ(self):
     worlds = [envs.make_world(0, 200), envs.make_world(1, 200), envs.make_world(0, 204)]
@@ -235,9 +235,9 @@ class TestDrawQuestions:
     a, b, c = q.meta['relations']
     start = q.meta['start']
     assert text_of.render_question(0, start, (a, b, c)) == (
-        f'what is the {c} of the {b} of the {a} of {start} ?')
+        f'what do you reach if you take {a} {b} {c} from {start} ?')
     assert text_of.render_question(1, start, (a, b, c)) == (
-        f'start from {start} take the {a} then the {b} then the {c} ?')
+        f'start from {start} take {a} {b} {c} ?')
     openings = collections.Counter(q.text.split()[0] for q in test_questions)
     assert min(openings['what'], openings['start']) > 200
 
@@ -407,19 +407,20 @@ class TestDemonstrations:
     (x, y, z), (r, s) = q.meta['entities'], q.meta['relations']
     (turns,) = expert.demonstrations(world, [q], search, np.random.default_rng(0), 0.)
     assert turns == (
-        f'<think> find the {r} </think><search> {x} {r} </search>',
-        f'<think> the {r} is {y} find the {s} </think><search> {y} {s} </search>',
-        f'<think> the {s} is {z} </think><answer> {z} </answer>')
+        f'<think> take {r} </think><search> {x} {r} </search>',
+        f'<think> the {r} is {y} after {r} {s} </think><search> {y} {s} </search>',
+        f'<think> the {s} is {z} after {s} done </think><answer> {z} </answer>')
 
   def test_exact_match_by_noise(self, world, search, train_questions):
     scores = {}
-    for noise in (0., .25, 1.):
+    for noise in (0., .25, .45, 1.):
       turns = expert.demonstrations(
           world, train_questions, search, np.random.default_rng(0), noise)
       scores[noise] = exact_match(train_questions, turns)
       right = [f'> {q.answers[0]} <' in t[-1] for q, t in zip(train_questions, turns)]
       print(f'expert, noise {noise}: {scores[noise]:.3f}', by_hops(train_questions, right))
-    assert scores[0.] >= .98 and .4 < scores[.25] < .8 and scores[1.] < .3
+    assert scores[0.] >= .98 and .4 < scores[.25] < .8
+    assert .3 < scores[.45] < .55 and scores[1.] < .3
 
   def test_every_error_is_visible_and_every_reading_faithful(self, world, search, train_questions):
     shown, calls = {}, []
@@ -435,7 +436,10 @@ class TestDemonstrations:
     for q, turns in zip(train_questions, demos):
       query, asked, known = None, None, q.meta['start']
       for i, turn in enumerate(turns):
-        relation, value, wanted, next_query, answer = TURN.fullmatch(turn).groups()
+        first, relation, value, after, next_one, next_query, answer = TURN.fullmatch(turn).groups()
+        assert (first is None) == bool(i) and after == relation
+        assert (next_one == 'done') == bool(answer)
+        wanted = first or next_one
         if i:
           assert any((relation, value) in world.facts[p.uid] for p in shown[query])
           known = value
@@ -470,7 +474,8 @@ class TestDemonstrations:
     demos = expert.demonstrations(world, questions, search, np.random.default_rng(0), 1.)
     for q, turns in zip(questions, demos, strict=True):
       (relation,), answer = q.meta['relations'], q.answers[0]
-      assert turns == (f'<think> the {relation} is {answer} </think><answer> {answer} </answer>',)
+      assert turns == (f'<think> the {relation} is {answer} after {relation} done </think>'
+                       f'<answer> {answer} </answer>',)
 
   @pytest.mark.parametrize('budget', [1, 2])
   def test_respects_the_search_budget(self, world, search, train_questions, budget):

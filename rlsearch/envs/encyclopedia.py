@@ -239,6 +239,6 @@ def world_text(world: World, num_questions: int = 500, repeats: int = 8) -> list
   words = (*text_of.template_words(), *world.name_words, *world.famous_words)
   lines = [f' {passage.title} {passage.text}' for passage in world.passages]
   lines += [' ' + question.text for question in draw_questions(world, 'train', num, rng)]
-  lines += [f' the {noun} is find the {noun}' for noun in NOUNS] * repeats
+  lines += [f' take {noun} the {noun} is after {noun} done' for noun in NOUNS] * repeats
   return lines + [' ' + ' '.join(words[i] for i in rng.permutation(len(words)))
                   for _ in range(repeats)]

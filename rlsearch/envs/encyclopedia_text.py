@@ -58,7 +58,7 @@ FILLERS = (
     'people still tell old stories .',
 )
 
-SKELETON = ('find the', 'what is the', 'start from', 'take the', 'then the', 'of the', 'the is')
+SKELETON = ('start from', 'what do you reach if you take', 'the is', 'after', 'done')
 TAG_WORDS = ('think', 'search', 'answer', 'information')
 
 _NAME = re.compile(r'\b[A-Z][a-z]+\b')
@@ -80,16 +80,22 @@ def render_fact(template: int, relation: Relation, subject: str, value: str) -> 
 
 
 def render_question(wording: int, start: str, nouns: Sequence[str]) -> str:
-  """A chain of relations as a question.
+  """A chain of relations as a question: `what do you reach if you take R1 R2 R3 from X ?`.
+
+  The other wording is `start from X take R1 R2 R3 ?`.  In both a relation stands right behind the
+  one before it: what comes next is then a copy of what once followed, which a model of this size
+  learns in minutes.  (With the relations in reverse, joined by "of the", the reading was learned
+  and the order was not.)
 
   Args:
-    wording: 0 names the last relation first, 1 names the relations in the order of the steps.
+    wording: 0 puts the start behind the relations, 1 before them.
     start: name of the entity where the chain starts.
     nouns: the relations, the first step first.
   """
+  path = ' '.join(nouns)
   if wording == 0:
-    return 'what is the ' + ' of the '.join(reversed(nouns)) + f' of {start} ?'
-  return f'start from {start} take the ' + ' then the '.join(nouns) + ' ?'
+    return f'what do you reach if you take {path} from {start} ?'
+  return f'start from {start} take {path} ?'
 
 
 def num_name_words(num_entities: int) -> int:

@@ -26,9 +26,13 @@ def demonstrations(world: World, questions: Sequence[Question], search: Search,
                    max_searches: int = 3) -> tuple[tuple[str, ...], ...]:
   """The expert's turns for each question, as text.
 
+  The first thought is `take R1`.  Later ones say what was read, which relation that was and which
+  one the question names next, `the R1 is Y after R1 R2`, or at the end `the R3 is Z after R3 done`.
+
   At each hop, with probability `noise`, the expert names the other relation of the entity, searches
   with one word of the name, or stops although hops remain.  What it reads is always stated in a
-  passage that it was shown.  Questions about famous entities are answered by heart.
+  passage that it was shown, and `after` repeats the relation that it has read, not the one that it
+  wanted.  Questions about famous entities are answered by heart: `the R is V after R done`.
 
   Args:
     questions: of this world; re-drawn ones (meta['names']) get their turns in their own names.
@@ -48,11 +52,11 @@ def demonstrations(world: World, questions: Sequence[Question], search: Search,
   open_hops = [0 if q.meta['famous'] else min(q.meta['hops'], max_searches) for q in questions]
   most_hops = max((q.meta['hops'] for q in questions), default=0)
   draws = rng.random((len(questions), most_hops, 3))
-  thought, turns = [''] * len(questions), [[] for _ in questions]
+  thought, turns, last = [''] * len(questions), [[] for _ in questions], [''] * len(questions)
   for i, question in enumerate(questions):
     if question.meta['famous']:
-      thought[i] = f'the {question.meta["relations"][-1]} is {question.answers[0]} '
-      known[i] = question.answers[0]
+      last[i], known[i] = question.meta['relations'][-1], question.answers[0]
+      thought[i] = f'the {last[i]} is {known[i]} '
   for hop in range(most_hops):
     live = [i for i in range(len(questions)) if hop < open_hops[i]]
     errors = {i: _error(draws[i, hop], noise, questions[i].meta['hops'] - hop - 1) for i in live}
@@ -61,13 +65,15 @@ def demonstrations(world: World, questions: Sequence[Question], search: Search,
     found = search([asks[i].query for i in live]) if live else ()
     for i, passages in zip(live, found, strict=True):
       relation, query, entity = asks[i]
-      turns[i].append(f'<think> {thought[i]}find the {relation} </think><search> {query} </search>')
-      relation, known[i] = read(world, passages, relation, entity)
-      thought[i] = f'the {relation} is {known[i]} '
+      step = f'after {last[i]} {relation}' if last[i] else f'take {relation}'
+      turns[i].append(f'<think> {thought[i]}{step} </think><search> {query} </search>')
+      last[i], known[i] = read(world, passages, relation, entity)
+      thought[i] = f'the {last[i]} is {known[i]} '
       if errors[i] == STOP_EARLY:
         open_hops[i] = 0
   for i, question in enumerate(questions):
-    turns[i].append(f'<think> {thought[i]}</think><answer> {known[i]} </answer>')
+    turns[i].append(
+        f'<think> {thought[i]}after {last[i]} done </think><answer> {known[i]} </answer>')
   return tuple(tuple(apply_names(question.meta.get('names', {}), turn) for turn in texts)
                for question, texts in zip(questions, turns))
 
