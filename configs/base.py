@@ -3,9 +3,12 @@
 A method's file writes the paper's numbers; its last line lays a scale over them with `at`.  A model's scale adds
 model, data, lengths and mesh and changes nothing that the paper states.  `embedded`, the default, also replaces what
 belongs to size: steps, batch, lengths, optimizer and rates, BM25 over the world as retriever; then comes what the
-method passes as `embedded`, and --config.a.b=value comes last.
+method passes as `embedded`, and --config.a.b=value comes last.  `files` runs a small random model over questions and
+passages of your own: a check of the data and the loop, not a way to learn from them.
 """
 from ml_collections import ConfigDict
+
+from configs import cold_start as standard
 
 
 def get_config():
@@ -66,6 +69,17 @@ SCALES = {
                      old_logp='sampler'),
         evals=dict(every=10, num=256),
         checkpoint=dict(every=5)),
+    'files': dict(
+        steps=10,
+        mesh=dict(data=-1, fsdp=1),
+        model=dict(tokenizer=dict(vocab_size=8192)),
+        data=dict(questions_per_step=8),
+        retriever=ConfigDict(dict(name='bm25', topk=3)),
+        engine=dict(rows=32, contexts=(256, 512, 1024), max_new_tokens=32),
+        length=dict(prompt=256, turn=32, observation=320, total=1024, buckets=((8, 512), (8, 1024))),
+        updates=dict(minibatches=2, microbatch_rows=8),
+        evals=dict(every=0, num=0, final_num=0),
+        checkpoint=dict(every=5)),
     'qwen2_5_3b': _qwen('qwen2_5_3b'),
     'qwen2_5_7b': _qwen('qwen2_5_7b'),
 }
@@ -87,13 +101,12 @@ def at(scale, c, embedded=None, cold_start=None):
     scale: name of the scale.
     c: the method's config.
     embedded: the method's own changes at scale `embedded`.
-    cold_start: the stage that `embedded` puts before it; None for the standard one.
+    cold_start: what the stage that `embedded` puts before it lays over the method; None for the standard one.
   """
   if scale not in SCALES:
     raise ValueError(f'scale {scale!r}; known: {sorted(SCALES)}')
   _lay(SCALES[scale], c)
   if scale == 'embedded':
     _lay(embedded or {}, c)
-    from configs import cold_start as standard  # it builds on this file
-    c.stages = {'cold_start': (cold_start or standard.get_stage)(c)}
+    c.stages = {'cold_start': cold_start or standard.get_stage()}
   return c

@@ -31,7 +31,7 @@ class Checkpoints(NamedTuple):
 
 
 def _tree(run: Run) -> dict[str, Any]:
-  return {'state': run.state, 'memory': {'schedule': run.memory} if run.memory != () else {}, 'position': np.int64(run.position)}
+  return {'state': run.state, 'memory': {'schedule': run.memory} if run.memory != () else {}, 'position': np.asarray(run.position, np.int64)}
 
 
 def open_folder(folder: epath.Path, keep: int) -> Checkpoints:

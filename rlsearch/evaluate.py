@@ -61,6 +61,7 @@ def exact(episode: Episode) -> bool:
 
 
 def f1(episode: Episode) -> float:
+  """Returns the best token F1 of the episode's answer over the gold answers; 0 without one."""
   answer = answer_of(episode)
   return 0.0 if answer is None else normalize.token_f1(answer, normalize.usable_answers(episode.question.answers))
 
@@ -116,6 +117,7 @@ def episode_json(tok: Tokenizer, episode: Episode, rewards: Mapping[str, Sequenc
 
 
 def due(step: int, every: int) -> bool:
+  """Returns whether something that happens every so many steps (0: never) happens at this one."""
   return every > 0 and step > 0 and step % every == 0
 
 

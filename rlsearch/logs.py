@@ -166,6 +166,7 @@ class Clock(NamedTuple):
 
 
 def clock() -> Clock:
+  """Returns a clock for the parts of steps."""
   spent: dict[str, float] = {}
   state = {'last': time.monotonic()}
 
@@ -181,11 +182,16 @@ def clock() -> Clock:
     now = time.monotonic()
     taken = {f'time/{name}': seconds for name, seconds in spent.items()}
     taken['time/step'] = now - state['last']
-    taken['time/other'] = max(0.0, taken['time/step'] - sum(spent.values()))
+    taken['time/other'] = max(0.0, taken['time/step'] - sum(spent.values()))      # the parts are disjoint
     spent.clear()
     state['last'] = now
     return taken
   return Clock(part, take)
+
+
+def apart(line: Mapping[str, float]) -> dict[str, float]:
+  """Returns the line with the seconds of searches taken out of those of the rollout around them."""
+  return {**line, 'time/rollout': max(0.0, line['time/rollout'] - line['time/search'])}
 
 
 class Progress(NamedTuple):

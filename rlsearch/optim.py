@@ -45,6 +45,7 @@ def _as_matrices(p: Param, x: jax.Array) -> jax.Array:
 
 
 def is_stacked_matrix(p: Param) -> bool:
+  """Returns whether a parameter is a linear map, stacked over layers."""
   return p.axes[:1] == ('layer',) and p.fan_in > 0
 
 

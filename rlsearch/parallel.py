@@ -76,6 +76,7 @@ def rows(mesh: Mesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of what every device holds whole."""
   return NamedSharding(mesh, P())
 
 

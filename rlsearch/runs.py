@@ -51,6 +51,14 @@ def commit() -> str:
     return 'unknown'
 
 
+# Entries that change no step that is done: a run may be made longer, or watched otherwise.
+_FREE = ('.steps: ', '.evals.', '.checkpoint.', '.tensorboard: ', '.tools.', '.max_failed_share: ')
+
+
+def _harmless(change: str) -> bool:
+  return any(entry in change.split(' -> ')[0] for entry in _FREE) and '.schedule.' not in change and '.optimizer.' not in change
+
+
 def claim(workdir: epath.Path, config: Mapping[str, Any], overwrite: bool) -> None:
   """Writes the run's config, or checks that the run in this folder is the same one.
 
@@ -62,7 +70,7 @@ def claim(workdir: epath.Path, config: Mapping[str, Any], overwrite: bool) -> No
   path = workdir / 'config.json'
   if path.exists():
     old = json.loads(path.read_text())
-    changed = settings.differences(old, json.loads(json.dumps(config)))
+    changed = [c for c in settings.differences(old, json.loads(json.dumps(config))) if not _harmless(c)]
     if changed and overwrite:
       for child in workdir.iterdir():
         if child.name != '.lock':
@@ -88,8 +96,32 @@ def peak_memory_gib() -> float:
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2 ** 30
 
 
-def summarize(workdir: epath.Path, stages: list[str], seconds: Mapping[str, float], seed: int) -> dict[str, Any]:
-  """Returns the run in a few numbers: exact match before and after the last stage, costs, seconds, memory."""
+def add_seconds(workdir: epath.Path, stage: str, seconds: float) -> None:
+  """Adds to the seconds that a stage has taken, over all its starts."""
+  if jax.process_index():
+    return
+  path = workdir / 'seconds.json'
+  spent = json.loads(path.read_text()) if path.exists() else {}
+  path.write_text(json.dumps({**spent, stage: spent.get(stage, 0.0) + seconds}))
+
+
+def summarize(workdir: epath.Path, stages: list[str], seed: int, ran: bool) -> dict[str, Any]:
+  """Returns the run in a few numbers, and writes them to summary.json.
+
+  Exact match before and after the last stage, costs, seconds, memory.  A command that found everything done (`ran`
+  is False) returns what is written there: its own seconds and memory say nothing.
+  """
+  path = workdir / 'summary.json'
+  if not ran and path.exists():
+    return json.loads(path.read_text())
+  summary = _summary(workdir, stages, seed)
+  if not jax.process_index():
+    path.write_text(json.dumps(summary, indent=1))
+  return summary
+
+
+def _summary(workdir: epath.Path, stages: list[str], seed: int) -> dict[str, Any]:
+  seconds = json.loads((workdir / 'seconds.json').read_text()) if (workdir / 'seconds.json').exists() else {}
   last = workdir / stages[-1]
   evals, metrics = lines(last / 'evals.jsonl'), lines(last / 'metrics.jsonl')
   final = max((e['step'] for e in evals), default=0)

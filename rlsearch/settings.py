@@ -75,6 +75,48 @@ def section(path: str, kind: type, entries: Mapping[str, Any]) -> Any:
   return kind(**entries)
 
 
+# Slots and the like: a stage that says one of them says it whole.  Of the other sections it says what differs.
+WHOLE = ('protocol', 'sampling', 'rewards', 'combine', 'credit', 'objective', 'schedule', 'optimizer', 'train_roles')
+
+
+def lay(over: Mapping[str, Any], config: Mapping[str, Any], path: str) -> dict[str, Any]:
+  """Returns a config with a stage's entries laid over it; an entry with a name replaces another whole.
+
+  Raises:
+    ValueError: an entry that the config does not have.
+  """
+  out = dict(config)
+  for name, value in over.items():
+    if name not in config:
+      raise ValueError(f'{path}.{name}={value!r}: unknown entry; known: {sorted(config)}')
+    inside = isinstance(value, Mapping) and isinstance(config[name], Mapping)
+    out[name] = lay(value, config[name], f'{path}.{name}') if inside and name not in WHOLE and 'name' not in value else value
+  return out
+
+
+def stages(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  """Returns the config of every stage by name, in their order, the method's own last.
+
+  A stage is what it lays over the method's config, so an entry of the method (seed, model, world) reaches them all.
+
+  Raises:
+    ValueError: from lay and check, with the stage's name; a stage with a seed of its own.
+  """
+  method = {k: v for k, v in config.items() if k not in ('name', 'stages')}
+  found = {}
+  for name, over in config['stages'].items():
+    if 'seed' in over:
+      raise ValueError(f'config.stages.{name}.seed={over["seed"]!r}: a run has one seed, config.seed')
+    found[name] = lay(over, method, f'config.stages.{name}')
+  found[config['name']] = method
+  for name, stage in found.items():
+    try:
+      check(stage)
+    except ValueError as error:
+      raise ValueError(f'stage {name!r}: {error}') from error
+  return found
+
+
 def check(config: Mapping[str, Any]) -> None:
   """Checks everything of a stage's config that can be checked before anything is made.
 
@@ -147,10 +189,13 @@ def lengths(config: Mapping[str, Any], mesh: Mesh) -> tuple[Length, tuple[Bucket
 
 
 def environment(config: Mapping[str, Any]) -> Environment:
-  """Returns the questions and passages of a stage; a source without a seed takes the run's."""
+  """Returns the questions and passages of a stage; a source with seed -1 takes the run's."""
   source = dict(config['data']['source'])
   if source.get('seed') == -1:
     source['seed'] = config['seed']
+  if source.get('demonstrations'):
+    seen = {'topk': config['retriever']['topk'], 'title_weight': config['retriever'].get('title_weight', 1)}
+    source['demonstrations'] = {**source['demonstrations'], **seen}        # the expert reads what the policy will
   return method_lib.resolve('data.source', environments, source)
 
 

@@ -7,7 +7,6 @@ folder, from the parameters that the stage before left.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-import json
 import time
 from typing import Any, NamedTuple
 
@@ -117,7 +116,7 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
     with clock.part('checkpoint'):
       if evaluate_lib.due(step + 1, config['checkpoint']['every']):
         saved.save(run)
-    writer.step(step, {**summary, **clock.take()})
+    writer.step(step, logs.apart({**summary, **clock.take()}))
     bar.update(step + 1, logs.key_numbers(summary))
 
   finished = int(run.state.step) == config['steps']
@@ -126,7 +125,7 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
   if finished:
     engine.set_params(parallel.to_replicated(program.policy(run.state), sampler), config['steps'])
     evaluate(config['steps'], stop)
-    checkpoint.save_policy(folder / 'policy', program.policy(run.state))
+    checkpoint.save_policy(folder / f'policy-{config["steps"]}', program.policy(run.state))
   else:
     bar.say(f'{name}: stopped; saved step {int(run.state.step)} of {config["steps"]} in {folder}.  '
             'The same command continues.')
@@ -136,50 +135,26 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
   return Stage(finished, time.monotonic() - begun)
 
 
-def stage_configs(config: Any) -> dict[str, dict[str, Any]]:
-  """Returns the plain config of every stage by name, the last one the method's own.
-
-  Raises:
-    ValueError: an entry beside name and stages that the stages do not know.
-  """
-  plain = settings.plain(config)
-  stages = {**plain.pop('stages', {}), plain.pop('name'): plain}
-  for name, stage in stages.items():
-    try:
-      settings.check(stage)
-    except ValueError as error:
-      raise ValueError(f'stage {name!r}: {error}') from error
-  return stages
-
-
 def run_stages(config: Any, workdir: epath.Path, overwrite: bool) -> bool:
   """Runs every stage that is not finished yet; returns whether the last one is."""
-  stages = stage_configs(config)
+  plain = settings.plain(config)
+  stages = settings.stages(plain)
   names = list(stages)
   release = checkpoint.lock(workdir)
   stop = runs.stop_on_signals(lambda text: print(text, flush=True))
   runs.claim(workdir, {'name': names[-1], 'stages': stages}, overwrite)
-  env = settings.environment(stages[names[0]])
-  shared = settings.shared(stages[names[0]], env, workdir)
-  seconds_path = workdir / 'seconds.json'
-  seconds = json.loads(seconds_path.read_text()) if seconds_path.exists() else {}
-  start_from = None
+  shared = settings.shared(stages[names[0]], settings.environment(stages[names[0]]), workdir)
+  start_from, ran = None, False
   for name in names:
     folder = workdir / name
-    if not (folder / 'policy').exists():
-      ended = train(stages[name], name, folder, start_from, shared, stop)
-      seconds[name] = seconds.get(name, 0.0) + ended.seconds
-      if not jax.process_index():
-        seconds_path.write_text(json.dumps(seconds))
+    left = folder / f'policy-{stages[name]["steps"]}'
+    if not left.exists():
+      ended, ran = train(stages[name], name, folder, start_from, shared, stop), True
+      runs.add_seconds(workdir, name, ended.seconds)
       if not ended.finished:
         return False
-    start_from = folder / 'policy'
-  summary = runs.summarize(workdir, names, seconds, stages[names[-1]]['seed'])
-  if not jax.process_index():
-    path = workdir / 'summary.json'
-    if not path.exists():
-      path.write_text(json.dumps(summary, indent=1))
-    print(runs.table(json.loads(path.read_text())))
+    start_from = left
+  print(runs.table(runs.summarize(workdir, names, plain['seed'], ran)))
   release()
   return True
 
@@ -191,6 +166,7 @@ _CPU_DEVICES = flags.DEFINE_integer('cpu_devices', 0, 'Virtual CPU devices; 0 le
 
 
 def main(argv: list[str]) -> None:
+  """Reads the flags, runs the stages; exit code 0 when finished, 3 when stopped, 1 with a message on an error."""
   if len(argv) > 1:
     raise app.UsageError(f'unknown argument {argv[1]!r}; entries of the config are --config.a.b=value')
   if not flags.FLAGS['verbosity'].present:

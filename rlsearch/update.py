@@ -79,6 +79,7 @@ def zeros(model: Model, metrics: Mapping[str, Any], shard: Shardings) -> Callabl
 
 
 def sums_shardings(shard: Shardings, metrics: Mapping[str, Any]) -> Sums:
+  """Returns where sums lie: gradients as their parameters, the rest on every device."""
   both = WeightedSum(shard.replicated, shard.replicated)
   return Sums(shard.state.trainable, both, {name: both for name in metrics})
 

@@ -61,10 +61,11 @@ class TestEmbedded:
     other = [q.meta['hops'] for q in get(world(block=8), range(48))]
     assert other == [1 + position // 8 % 3 for position in range(48)]
 
-  def test_questions_come_round_in_a_fresh_order(self, plain):
-    rounds = [[q.uid for q in get(plain, range(90 * i, 90 * i + 90))] for i in range(4)]
-    assert rounds[0] != rounds[1]
-    assert len({uid for uids in rounds for uid in uids}) <= 90 == plain.train.size
+  def test_questions_come_round_in_a_fresh_order(self):
+    env = world(block=5)
+    rounds = [[q.uid for q in get(env, range(90 * i, 90 * i + 90))] for i in range(4)]
+    assert len(set(map(tuple, rounds))) == 4
+    assert len({uid for uids in rounds for uid in uids}) <= 90 == env.train.size
 
   @pytest.mark.xfail(strict=True, reason='the blocks of a kind skip what the blocks between them stand for')
   def test_every_question_is_asked_once_a_round(self):
@@ -81,7 +82,7 @@ class TestEmbedded:
       assert q.meta['demonstration'] == (
           f'<think> take {r} </think><search> {x} {r} </search>',
           f'<think> the {r} is {y} after {r} done </think><answer> {y} </answer>')
-    assert [taught.train.get(p).meta['hops'] for p in (12, 16, 20)] == [1, 2, 3]
+    assert [taught.train.get(p).meta['hops'] for p in (12, 20, 28)] == [1, 3, 2]
 
   def test_noise_is_that_of_the_positions_behind(self):
     def share_right(noise):

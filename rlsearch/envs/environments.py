@@ -80,8 +80,9 @@ def embedded(*, preset: str, seed: int, num_entities: int, num_famous: int, num_
     every = demonstrations['famous_every'] if teach is not None and famous else 0
     kind = hops[0] if clean else 0 if every and number % every == every - 1 else hops[number % len(hops)]
     pool = pools[kind] if kind else famous
-    # Blocks of a kind follow one another through its pool: `number` is at least the kind's own count.
-    epoch, i = divmod(number * block + place, len(pool))
+    # Blocks of a kind follow one another through its pool.
+    mine = number if clean else number // (len(hops) if kind else every)
+    epoch, i = divmod(mine * block + place, len(pool))
     rng = np.random.default_rng((15, seed, position))
     question = pool[order(kind, epoch)[i]]
     if redraw_names:

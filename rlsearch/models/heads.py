@@ -111,7 +111,8 @@ def token_stats(config: ModelConfig, params: Params, hidden: jax.Array, tokens: 
     f32[B, T] each, in nats.
   """
   num_rows, num_tokens, width = hidden.shape
-  flat = (hidden[:, :-1] / jnp.asarray(temperature, hidden.dtype)).reshape(-1, width)
+  # Divided in float32: in bfloat16 the temperature itself would be off by up to 0.4%.
+  flat = (hidden[:, :-1].astype(jnp.float32) / temperature).astype(hidden.dtype).reshape(-1, width)
   chunk = min(config.vocab_chunk, config.vocab_size)
   logp, entropy = chosen_logp(flat, unembedding(config, params), tokens[:, 1:].reshape(-1), chunk)
   pad = lambda x: jnp.pad(x.reshape(num_rows, num_tokens - 1), ((0, 0), (1, 0)))

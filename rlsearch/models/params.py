@@ -35,6 +35,7 @@ Specs = Mapping[str, 'Param | Specs']
 
 
 def is_param(x) -> bool:
+  """Returns whether x is a row of a table: the leaf of its tree."""
   return isinstance(x, Param)
 
 

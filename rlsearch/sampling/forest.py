@@ -17,6 +17,7 @@ def depth(node: Node) -> int:
 
 
 def replace(tree: Tree, i: int, node: Node) -> Tree:
+  """Returns the tree with another node at place i."""
   return tree._replace(nodes=tree.nodes[:i] + (node,) + tree.nodes[i + 1:])
 
 
