@@ -112,9 +112,9 @@ def update_step(program: Programs, state: TrainState, packed: Packed, rewards: R
   done = []
   useful = np.any(cred.advantage != 0, axis=1) | (not program.options.drop_zero_credit)
   for members in minibatches(packed, program.options, key):
-    members = members[useful[members]]
-    if not parallel.largest((len(members),))[0]:
-      continue                                       # no host has a row with signal: nothing to learn from
+    kept = members[useful[members]]
+    signal = bool(parallel.largest((len(kept),))[0])
+    members = kept if signal else members[:1]        # without a row with signal, one is measured and nothing learned
     sums = program.zeros()
     for bucket, rows in blocks_of(packed.lengths, members, buckets):
       host_rows = bucket._replace(rows=bucket.rows // jax.process_count())
@@ -123,9 +123,12 @@ def update_step(program: Programs, state: TrainState, packed: Packed, rewards: R
       block = parallel.to_global(block, shard.rows)
       sums = program.settle(program.accumulate(state, sums, block, hypers))
       real, padding = real + int(packed.lengths[rows].sum()), padding + host_rows.rows * host_rows.length
-    state, metrics = program.settle(program.apply(state, sums, hypers))
+    if signal:
+      state, metrics = program.settle(program.apply(state, sums, hypers))
+    else:
+      metrics = {'loss': sums.loss, **sums.metrics}
     done.append(metrics)
-  means = {**logs.means(done), 'update/padding_share': 1 - real / max(1, padding), 'update/optimizer_steps': len(done),
+  means = {**logs.means(done), 'update/padding_share': 1 - real / max(1, padding), 'update/optimizer_steps': sum('skipped' in m for m in done),
            'update/rows_dropped': int(np.sum(~useful[everyone])), 'cost/trained_tokens': _trained(packed, useful)}
   return state, cred.advantage, means
 
