@@ -67,7 +67,6 @@ class TestEmbedded:
     assert len(set(map(tuple, rounds))) == 4
     assert len({uid for uids in rounds for uid in uids}) <= 90 == env.train.size
 
-  @pytest.mark.xfail(strict=True, reason='the blocks of a kind skip what the blocks between them stand for')
   def test_every_question_is_asked_once_a_round(self):
     env = world(block=5)                               # 18 blocks of 5 are 30 questions of each of 3 kinds
     assert len({q.uid for q in get(env, range(90))}) == 90

@@ -87,7 +87,9 @@ class TestChosenLogp:
       np.testing.assert_allclose(logp, want_logp, rtol=2e-6, atol=2e-6)
       np.testing.assert_allclose(entropy, want_entropy, rtol=1e-5, atol=5e-6 * max(1, scale * 10))
       for a, b in zip(grads, dense_grad(hidden, table, targets, *g), strict=True):
-        np.testing.assert_allclose(a, b, atol=3e-5 * max(1, scale) * np.abs(b).max())
+        # H = log Z - u / s cancels: at logits of 400 its float32 is good to about 1e-4 absolute.
+        cancelled = 1e-4 * scale if scale > 10 else 0.0
+        np.testing.assert_allclose(a, b, rtol=0, atol=3e-5 * np.abs(b).max() + cancelled)
 
   def test_certain_token(self):
     hidden, table = np.float32([[1e4, 0]]), np.float32([[1, 0], [-1, 0], [0, 1]])

@@ -20,7 +20,7 @@ CONFIG = dict(
     credit=dict(name='group_relative', normalize_std=True),
     objective=dict(name='clipped_surrogate', clip_low=0.2, clip_high=0.2, kl='k3', aggregate='token'),
     schedule=dict(lr=1e-3, kl_coef=1e-3, entropy_coef=0.0, temperature=1.0, weights=dict(em=2.0)),
-    updates=dict(old_logp='trainer'), train_roles=dict(policy=1.0))
+    updates=dict(drop_zero_credit=False, old_logp='trainer'), train_roles=dict(policy=1.0))
 COLD = dict(sampling=dict(name='demonstrations'), rewards={}, credit=dict(name='uniform'),
             objective=dict(name='supervised'),
             schedule=dict(lr=1e-3, kl_coef=0.0, entropy_coef=0.0, temperature=1.0),

@@ -34,6 +34,7 @@ class Environment(NamedTuple):
 
 
 Expert = Mapping[str, float | int]
+EXPERT = {'noise', 'clean_positions', 'famous_every', 'topk', 'title_weight'}
 
 
 def embedded(*, preset: str, seed: int, num_entities: int, num_famous: int, num_train: int, num_validation: int,
@@ -61,10 +62,10 @@ def embedded(*, preset: str, seed: int, num_entities: int, num_famous: int, num_
   hops = sorted({q.meta['hops'] for q in train})
   pools = {h: [q for q in train if q.meta['hops'] == h] for h in hops}
   famous = encyclopedia.famous_questions(world) if num_famous else ()
-  teach = None
+  teach, every = None, 0
   if demonstrations is not None:
-    unknown = set(demonstrations) ^ {'noise', 'clean_positions', 'famous_every', 'topk', 'title_weight'}
-    if unknown:
+    every = demonstrations['famous_every'] if famous else 0
+    if unknown := set(demonstrations) ^ EXPERT:
       raise ValueError(f'config.data.source.demonstrations: {sorted(unknown)} missing or unknown')
     search = retrieval.bm25(world.passages, title_weight=demonstrations['title_weight']).search
     teach = lambda q, rng, noise: expert.demonstrations(
@@ -77,7 +78,6 @@ def embedded(*, preset: str, seed: int, num_entities: int, num_famous: int, num_
   def get(position: int) -> Question:
     number, place = divmod(position, block)
     clean = teach is not None and position < demonstrations['clean_positions']
-    every = demonstrations['famous_every'] if teach is not None and famous else 0
     kind = hops[0] if clean else 0 if every and number % every == every - 1 else hops[number % len(hops)]
     pool = pools[kind] if kind else famous
     # Blocks of a kind follow one another through its pool.

@@ -98,12 +98,13 @@ def draw(logits: jax.Array, uniform: jax.Array, temperature: jax.Array) -> tuple
     side *= 2
   p = jnp.pad(jnp.exp(z - log_z[:, None]), ((0, 0), (0, side * side - vocab_size))).reshape(num_rows, side, side)
   upto = jnp.tril(jnp.ones((side, side)))                                          # [to, from]
-  blocks = jnp.einsum('BF,TF->BT', jnp.sum(p, axis=2), upto)                       # inclusive sums
+  cumulate = partial(jnp.einsum, 'BF,TF->BT', precision=jax.lax.Precision.HIGHEST)  # else TPU and GPU round p
+  blocks = cumulate(jnp.sum(p, axis=2), upto)                                      # inclusive sums
   goal = uniform * blocks[:, -1]
   block = jnp.minimum(jnp.sum(blocks <= goal[:, None], axis=1), side - 1)
   before = jnp.where(block > 0, jnp.take_along_axis(blocks, jnp.maximum(block - 1, 0)[:, None], axis=1)[:, 0], 0.0)
   inside = jnp.take_along_axis(p, block[:, None, None], axis=1)[:, 0]              # [B, side]
-  within = jnp.einsum('BF,TF->BT', inside, upto)
+  within = cumulate(inside, upto)
   left = jnp.minimum(goal - before, within[:, -1] * (1 - 1e-6))
   column = jnp.minimum(jnp.sum(within <= left[:, None], axis=1), side - 1)
   token = jnp.where(temperature > 0, block * side + column, jnp.argmax(logits, axis=1)).astype(jnp.int32)
