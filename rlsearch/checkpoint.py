@@ -79,11 +79,15 @@ def lock(workdir: epath.Path) -> Callable[[], None]:
 
   Raises:
     RuntimeError: another trainer holds it.
+    ValueError: nothing can be written there.
   """
   if jax.process_index() or '://' in str(workdir):
     return lambda: None
-  workdir.mkdir(parents=True, exist_ok=True)
-  handle = open(os.fspath(workdir / '.lock'), 'a+')
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    handle = open(os.fspath(workdir / '.lock'), 'a+')
+  except OSError as error:
+    raise ValueError(f'--workdir={workdir}: wants a folder that can be written; {error.strerror}') from error
   try:
     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except OSError:

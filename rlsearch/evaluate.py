@@ -20,7 +20,7 @@ from rlsearch.rollout.score import Scored
 from rlsearch.sampling import forest as forest_lib, independent
 from rlsearch.types import FAILED_SERVICE, FORCED, POLICY, Cursor, Engine, Episode, Question, Tools
 
-# Keys of evaluation and of training must never meet; seeds are below this.
+# Keys of training and of each mode of evaluation must never meet; seeds are below this.
 _SEED_OFFSET = 1 << 30
 MODES = {'greedy': 0.0, 'sampled': 1.0}
 
@@ -77,13 +77,23 @@ def record(episodes: Sequence[Episode], *, step: int, split: str, mode: str, sec
     mine = hits[hops == h]
     bounds = wilson(mine.sum(), len(mine))
     by_hops[str(h)] = {'num': len(mine), 'em': float(mine.mean()), 'low': bounds[0], 'high': bounds[1]}
-  mean = lambda values: float(np.mean(values)) if done else 0.0
+  mean = lambda values: float(np.mean(values)) if done else None          # nothing measured is not zero
   return {
       'step': step, 'split': split, 'mode': mode, 'num': len(done), 'failed': len(episodes) - len(done),
       'em': mean(hits), 'em_low': low, 'em_high': high, 'f1': mean([f1(e) for e in done]), 'by_hops': by_hops,
       'searches': mean([sum(t.outcome is not None for t in e.turns) for e in done]),
       'turns': mean([len(e.turns) for e in done]),
       'tokens': mean([sum(len(t.token_ids) for t in e.turns) for e in done]), 'seconds': seconds}
+
+
+def in_words(line: Mapping[str, Any]) -> str:
+  """Returns what matters of a record."""
+  failed = f'; {line["failed"]} cut off by a failed service' if line['failed'] else ''
+  if not line['num']:
+    return 'no question was finished' + failed
+  hops = ' '.join(f'{h}:{v["em"]:.2f}' for h, v in line['by_hops'].items())
+  return (f'EM {line["em"]:.3f} [{line["em_low"]:.3f}, {line["em_high"]:.3f}] on {line["num"]} questions, by hops {hops}'
+          + failed)
 
 
 def episode_json(tok: Tokenizer, episode: Episode, rewards: Mapping[str, Sequence[float | None]],
@@ -155,8 +165,7 @@ def make_evaluation(evals: Evals, tok: Tokenizer, splits: Mapping[str, tuple[Que
         return
       line, episodes = result
       writer.evaluation(line)
-      say(f'step {step}  {split} {mode}: EM {line["em"]:.3f} [{line["em_low"]:.3f}, {line["em_high"]:.3f}] on '
-          f'{line["num"]} questions, by hops ' + ' '.join(f'{h}:{v["em"]:.2f}' for h, v in line['by_hops'].items()))
+      say(f'step {step}  {split} {mode}: {in_words(line)}')
       if last and mode == evals.modes[0]:
         shown = [episode_json(tok, e, {'em': [None] * (len(e.turns) - 1) + [float(exact(e))]}, None)
                  for e in episodes[:evals.episodes]]
@@ -179,7 +188,7 @@ def make_evaluate(splits: Mapping[str, tuple[Question, ...]], render: Render, en
     num = min(num, len(questions))
     source = Source(len(questions), lambda position: questions[position])
     grow = grow_lib.make_grow(plan, {}, source, render, engine, tools)
-    key = (seed + _SEED_OFFSET, step)
+    key = (seed + _SEED_OFFSET * (1 if MODES[mode] else 2), step)          # a mode's nodes are its own
     grown = grow(Cursor(0, 1), num, key, {'temperature': MODES[mode]}, stop)
     if not grown.complete:
       return None

@@ -49,7 +49,14 @@ def keep_until(path: epath.Path, step: int) -> None:
         kept.append(line)
     except (ValueError, KeyError, TypeError):
       continue
-  path.write_text(''.join(line + '\n' for line in kept))
+  replace_text(path, ''.join(line + '\n' for line in kept))
+
+
+def replace_text(path: epath.Path, text: str) -> None:
+  """Writes a file whole or not at all: a kill leaves what was there."""
+  part = path.parent / (path.name + '.part')
+  part.write_text(text)
+  part.replace(path)
 
 
 def writer(folder: epath.Path, stage: str, first_step: int, tensorboard: bool) -> Writer:
@@ -84,9 +91,7 @@ def writer(folder: epath.Path, stage: str, first_step: int, tensorboard: bool) -
                              if isinstance(v, float)})
 
   def episodes(name, record):
-    path, part = folder / name, folder / (name + '.part')
-    part.write_text(json.dumps(finite({**record, 'stage': stage}), allow_nan=False))
-    part.rename(path)
+    replace_text(folder / name, json.dumps(finite({**record, 'stage': stage}), allow_nan=False))
 
   return Writer(step, evaluation, episodes, (lambda: None) if events is None else events.close)
 

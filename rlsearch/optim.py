@@ -50,7 +50,9 @@ def is_stacked_matrix(p: Param) -> bool:
 
 
 def scale_by_muon(specs: Specs, momentum: float, steps: int) -> optax.GradientTransformation:
-  """Returns orthogonalised Nesterov momentum for stacked matrices (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
+  """Returns orthogonalised Nesterov momentum for stacked matrices (Muon).
+
+  Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/:
 
   m ← μ m + g;  update = orth(g + μ m) · sqrt(max(1, out / in)).  optax.contrib.muon expects two-dimensional
   parameters; ours are stacked over layers and keep their head axes.

@@ -4,7 +4,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -128,7 +127,8 @@ def update_step(program: Programs, state: TrainState, packed: Packed, rewards: R
     else:
       metrics = {'loss': sums.loss, **sums.metrics}
     done.append(metrics)
-  means = {**logs.means(done), 'update/padding_share': 1 - real / max(1, padding), 'update/optimizer_steps': sum('skipped' in m for m in done),
+  means = {**logs.means(done), 'update/padding_share': 1 - real / max(1, padding),
+           'update/optimizer_steps': sum('skipped' in m for m in done),
            'update/rows_dropped': int(np.sum(~useful[everyone])), 'cost/trained_tokens': _trained(packed, useful)}
   return state, cred.advantage, means
 
@@ -174,6 +174,6 @@ def minibatches(packed: Packed, options: Update, key: tuple[int, int]) -> list[n
 
 def assert_one_trace_a_bucket(program: Programs, buckets: Sequence[Bucket]) -> None:
   """Raises AssertionError if a program was compiled more often than there are declared buckets."""
-  for compiled in (program.accumulate, program.snapshot):
-    if compiled is not None:
-      chex.assert_scalar_non_negative(len(buckets) - compiled._cache_size())
+  for name, compiled in (('accumulate', program.accumulate), ('snapshot', program.snapshot)):
+    if compiled is not None and compiled._cache_size() > len(buckets):
+      raise AssertionError(f'{name} was compiled {compiled._cache_size()} times for {len(buckets)} declared buckets')

@@ -14,7 +14,7 @@ from typing import Any
 from etils import epath
 import jax
 
-from rlsearch import settings
+from rlsearch import logs, settings
 
 _STARTED = time.time()
 
@@ -70,19 +70,25 @@ def claim(workdir: epath.Path, config: Mapping[str, Any], overwrite: bool) -> No
   path = workdir / 'config.json'
   if path.exists():
     old = json.loads(path.read_text())
-    changed = [c for c in settings.differences(old, json.loads(json.dumps(config))) if not _harmless(c)]
+    begun = [name for name in old['stages'] if (workdir / name).exists()]
+    left = tuple(f'config.stages.{name}.steps: ' for name in begun[:-1])     # a later stage has started from these
+    changed = [c for c in settings.differences(old, json.loads(json.dumps(config)))
+               if not _harmless(c) or c.startswith(left)]
     if changed and overwrite:
-      for child in workdir.iterdir():
+      # The config last: as long as anything of that run is there, it says whose it is.
+      for child in sorted(workdir.iterdir(), key=lambda child: child.name == path.name):
         if child.name != '.lock':
           child.rmtree() if child.is_dir() else child.unlink()
     elif changed:
       shown = '\n  '.join(changed[:8]) + ('\n  ...' if len(changed) > 8 else '')
       raise ValueError(f'{workdir} holds a run of another config:\n  {shown}\nChoose another --workdir, or --overwrite '
                        'to delete that run.')
-  path.write_text(json.dumps(config, indent=1))
+  logs.replace_text(path, json.dumps(config, indent=1))
+  if (workdir / 'run.json').exists():                                  # tells how the run began
+    return
   run = {'commit': commit(), 'started': time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(_STARTED)), 'jax': jax.__version__,
          'devices': jax.device_count(), 'platform': jax.devices()[0].device_kind, 'command': ' '.join(sys.argv)}
-  (workdir / 'run.json').write_text(json.dumps(run, indent=1))
+  logs.replace_text(workdir / 'run.json', json.dumps(run, indent=1))
 
 
 def lines(path: epath.Path) -> list[dict[str, Any]]:
@@ -102,7 +108,7 @@ def add_seconds(workdir: epath.Path, stage: str, seconds: float) -> None:
     return
   path = workdir / 'seconds.json'
   spent = json.loads(path.read_text()) if path.exists() else {}
-  path.write_text(json.dumps({**spent, stage: spent.get(stage, 0.0) + seconds}))
+  logs.replace_text(path, json.dumps({**spent, stage: spent.get(stage, 0.0) + seconds}))
 
 
 def summarize(workdir: epath.Path, stages: list[str], seed: int, ran: bool) -> dict[str, Any]:
@@ -116,7 +122,7 @@ def summarize(workdir: epath.Path, stages: list[str], seed: int, ran: bool) -> d
     return json.loads(path.read_text())
   summary = _summary(workdir, stages, seed)
   if not jax.process_index():
-    path.write_text(json.dumps(summary, indent=1))
+    logs.replace_text(path, json.dumps(summary, indent=1))
   return summary
 
 

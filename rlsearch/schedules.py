@@ -18,7 +18,10 @@ def constant(*, value: float) -> StepFn:
 
 
 def warmup_constant(*, peak: float, warmup_steps: int) -> StepFn:
-  """Returns peak · min(1, step / warmup_steps): from exactly 0, as Search-R1's scheduler (its first step is a no-op)."""
+  """Returns peak · min(1, step / warmup_steps): from exactly 0, as Search-R1's scheduler.
+
+  Its first step is therefore a no-op.
+  """
   return lambda step: float(peak) * (min(1.0, step / warmup_steps) if warmup_steps else 1.0)
 
 

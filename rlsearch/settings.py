@@ -13,6 +13,7 @@ from rlsearch.data.tokenizer import Tokenizer
 from rlsearch.envs import environments, retrieval
 from rlsearch.envs.environments import Environment
 from rlsearch.evaluate import MODES, Evals
+from rlsearch.models import model as models
 from rlsearch.models.model import Model
 from rlsearch.protocols.search_r1 import TAGS
 from rlsearch.rollout import pack as pack_lib
@@ -100,7 +101,7 @@ def stages(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
   A stage is what it lays over the method's config, so an entry of the method (seed, model, world) reaches them all.
 
   Raises:
-    ValueError: from lay and check, with the stage's name; a stage with a seed of its own.
+    ValueError: from lay, check and the factories, with the stage's name; a stage with a seed of its own.
   """
   method = {k: v for k, v in config.items() if k not in ('name', 'stages')}
   found = {}
@@ -112,6 +113,9 @@ def stages(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
   for name, stage in found.items():
     try:
       check(stage)
+      model = models.get(stage['model'], 1)       # what only a factory knows fails here too, not some stages later
+      optimizers(stage, model)
+      method_lib.build(stage, tuple(model.trainable))
     except ValueError as error:
       raise ValueError(f'stage {name!r}: {error}') from error
   return found

@@ -21,7 +21,7 @@ from rlsearch import (checkpoint, engines, evaluate as evaluate_lib, logs, metho
 from rlsearch.checkpoint import Run
 from rlsearch.evaluate import Evals
 from rlsearch.models import model as models, params as params_lib
-from rlsearch.programs import make_programs, update_step
+from rlsearch.programs import assert_one_trace_a_bucket, make_programs, update_step
 from rlsearch.rollout import grow as grow_lib, pack as pack_lib, render as render_lib, score as score_lib
 from rlsearch.sampling import forest as forest_lib
 from rlsearch.settings import Shared
@@ -46,6 +46,11 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
     start_from: policy that the stage before left; None for initial values.
     shared: tokenizer and services, which all stages have in common.
     stop: asked between steps, and while sampling.
+
+  Raises:
+    ValueError: an impossible config, or a run that has more steps already.
+    RuntimeError: services failed too often.
+    FloatingPointError: a number of the update is not finite.
   """
   begun   = time.monotonic()
   seed    = config['seed']
@@ -63,6 +68,8 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
   run     = Run(update.init(model, tx, seed, shard, policy), method.schedule.init(), 0)
   run     = run if saved.latest() is None else saved.restore(run)
   first   = int(run.state.step)
+  if first > config['steps']:
+    raise ValueError(f'stage {name!r}: steps={config["steps"]}, but {folder} holds a run of {first} steps')
 
   sampler = parallel.make_mesh({'data': -1}, jax.local_devices())
   engine  = method_lib.resolve('engine', engines, config['engine'], model, shared.tok, method.protocol.stops, sampler)
@@ -95,7 +102,12 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
       rows     = method.sampling.rows(grown.forest)
       episodes = [forest_lib.episode(grown.forest, row, (seed, step)) for row in rows]
       scored   = score_lib.score_rows(method.rewards, episodes, grown.outcomes, tools, render.protocol.max_turns)
-      metrics  = logs.rollout_metrics(grown.forest, episodes, scored, grown.outcomes, config['max_failed_share'])
+      try:
+        metrics = logs.rollout_metrics(grown.forest, episodes, scored, grown.outcomes, config['max_failed_share'])
+      except RuntimeError:
+        saved.save(run)                                       # the steps before this one are not lost with it
+        saved.wait()
+        raise
     with clock.part('pack'):
       packed   = pack_lib.pack_step(grown.forest, rows, scored.scored, buckets, render.protocol.max_turns,
                                     config['train_roles'], parallel.batch_ways(mesh))
@@ -113,18 +125,22 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
     if evals.episodes and evaluate_lib.due(step, evals.every):
       writer.episodes(f'train-episodes-{step}.json', evaluate_lib.training_episodes(
           shared.tok, step, episodes, scored, packed, advantage, evals.episodes))
-    with clock.part('checkpoint'):
+    # The line first: a kill between the two leaves a line too many, which a resumed run drops, never one too few.
+    writer.step(step, logs.apart({**summary, **clock.take()}))
+    with clock.part('checkpoint'):                            # its seconds are in the next step's line
       if evaluate_lib.due(step + 1, config['checkpoint']['every']):
         saved.save(run)
-    writer.step(step, logs.apart({**summary, **clock.take()}))
     bar.update(step + 1, logs.key_numbers(summary))
 
+  assert_one_trace_a_bucket(program, buckets)
   finished = int(run.state.step) == config['steps']
   saved.save(run)
   saved.wait()
   if finished:
     engine.set_params(parallel.to_replicated(program.policy(run.state), sampler), config['steps'])
     evaluate(config['steps'], stop)
+    finished = not parallel.any_host(stop())                  # else the evaluation may be cut short
+  if finished:
     checkpoint.save_policy(folder / f'policy-{config["steps"]}', program.policy(run.state))
   else:
     bar.say(f'{name}: stopped; saved step {int(run.state.step)} of {config["steps"]} in {folder}.  '

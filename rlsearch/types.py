@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Ids = np.ndarray                       # i32[n]
-Key = tuple[int, ...]                  # coordinates: (seed, step, question, variant, sample at each turn), or the head of them
+Key = tuple[int, ...]                  # coordinates: (seed, step, question, variant, sample at each turn), or a head
 Params = Any                           # pytree of arrays
 Memory = Any                           # pytree that a schedule carries from step to step
 Hypers = Mapping[str, float]           # the scalars of one step, by name
@@ -258,7 +258,7 @@ class Layout:
 class Protocol(NamedTuple):
   """Slot 1: text to text, on the host."""
   prompts: Callable[[Question], tuple[str, ...]]               # one per prompt variant; one for most
-  openers: Mapping[str, str]                                   # forced beginnings: '' of every turn, 'answer' of a forced answer
+  openers: Mapping[str, str]                                   # forced beginnings, '' of every turn
   stops: tuple[str, ...]                                       # end of a turn
   max_turns: int                                               # Search-R1: searches + 1
   parse: Callable[[str], Action]                               # of the agent's own text only

@@ -66,7 +66,8 @@ def main(argv):
     if ('control', seed) not in done:
       demo = json.loads((out / f'demo-{seed}' / 'summary.json').read_text())
       cold = json.loads((out / f'demo-{seed}' / 'config.json').read_text())['stages']['cold_start']['steps']
-      append(table, {**run(out / f'control-{seed}', seed, control_overrides(demo, cold)), 'variant': 'control', 'seed': seed})
+      row = run(out / f'control-{seed}', seed, control_overrides(demo, cold))
+      append(table, {**row, 'variant': 'control', 'seed': seed})
   print(table.read_text())
 
 

@@ -64,9 +64,9 @@ def embedded(*, preset: str, seed: int, num_entities: int, num_famous: int, num_
   famous = encyclopedia.famous_questions(world) if num_famous else ()
   teach, every = None, 0
   if demonstrations is not None:
-    every = demonstrations['famous_every'] if famous else 0
     if unknown := set(demonstrations) ^ EXPERT:
       raise ValueError(f'config.data.source.demonstrations: {sorted(unknown)} missing or unknown')
+    every = demonstrations['famous_every'] if famous else 0
     search = retrieval.bm25(world.passages, title_weight=demonstrations['title_weight']).search
     teach = lambda q, rng, noise: expert.demonstrations(
         world, [q], lambda queries: search(queries, demonstrations['topk']), rng, noise)[0]

@@ -20,6 +20,7 @@ class ModelConfig:
     remat: recompute each block in the backward pass.
     dtype: of activations; parameters, norms, softmax and log-softmax are float32.
     vocab_chunk: columns of the logits that exist at once.
+    num_tokens: ids from here on pad the table: never drawn, and of probability 0 for the trainer too; 0: none do.
   """
   vocab_size: int
   num_layers: int
@@ -35,6 +36,7 @@ class ModelConfig:
   remat: bool = True
   dtype: str = 'bfloat16'
   vocab_chunk: int = 8192
+  num_tokens: int = 0
 
   def __post_init__(self):
     for name in ('vocab_size', 'num_layers', 'width', 'num_heads', 'num_kv_heads', 'head_size', 'ffn', 'vocab_chunk'):
@@ -70,7 +72,7 @@ def resolve(variant: str, overrides: Mapping[str, Any]) -> ModelConfig:
   """
   if variant not in VARIANTS:
     raise ValueError(f'config.model.variant={variant!r}; known: {sorted(VARIANTS)}')
-  known = {field.name for field in dataclasses.fields(ModelConfig)}
+  known = {field.name for field in dataclasses.fields(ModelConfig)} - {'num_tokens'}     # the tokenizer's
   for name in overrides:
     if name not in known:
       raise ValueError(f'config.model.shape.{name}={overrides[name]!r}: unknown entry; known: {sorted(known)}')

@@ -27,14 +27,15 @@ def _chunks(table: jax.Array, chunk: int) -> tuple[jax.Array, int]:
   return jnp.pad(table, ((0, num * chunk - table.shape[0]), (0, 0))).reshape(num, chunk, -1), num
 
 
-def _chunk_logits(hidden, rows, start, vocab_size):
-  """Logits of one chunk of the vocabulary; the padded rows of the last chunk are impossible."""
+def _chunk_logits(hidden, rows, start, num_tokens):
+  """Logits of one chunk of the vocabulary; the padded rows of table and last chunk are impossible."""
   z = jnp.einsum('TD,VD->TV', hidden, rows.astype(hidden.dtype), preferred_element_type=jnp.float32)
-  return jnp.where(start + jnp.arange(rows.shape[0]) < vocab_size, z, -1e30)
+  return jnp.where(start + jnp.arange(rows.shape[0]) < num_tokens, z, -1e30)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def chosen_logp(hidden: jax.Array, table: jax.Array, targets: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def chosen_logp(hidden: jax.Array, table: jax.Array, targets: jax.Array, chunk: int, num_tokens: int
+                ) -> tuple[jax.Array, jax.Array]:
   """Returns log p(target) and the entropy of p = softmax(hidden tableᵀ), one chunk of the vocabulary at a time.
 
   A running maximum m, s = Σ exp(z - m) and u = Σ exp(z - m) z give log Z = m + log s and H = log Z - u / s.
@@ -45,19 +46,20 @@ def chosen_logp(hidden: jax.Array, table: jax.Array, targets: jax.Array, chunk: 
     table: f32[V, D].
     targets: i32[n].
     chunk: columns of the logits that exist at once.
+    num_tokens: rows of the table from here on are impossible.
 
   Returns:
     f32[n] each, in nats.
   """
-  return _chosen_logp_fwd(hidden, table, targets, chunk)[0]
+  return _chosen_logp_fwd(hidden, table, targets, chunk, num_tokens)[0]
 
 
-def _chosen_logp_fwd(hidden, table, targets, chunk):
+def _chosen_logp_fwd(hidden, table, targets, chunk, num_tokens):
   rows, num = _chunks(table, chunk)
   def body(carry, xs):
     largest, total, weighted, target = carry
     block_rows, start = xs
-    z = _chunk_logits(hidden, block_rows, start, table.shape[0])
+    z = _chunk_logits(hidden, block_rows, start, num_tokens)
     new = jnp.maximum(largest, jnp.max(z, axis=1))
     scale, e = jnp.exp(largest - new), jnp.exp(z - new[:, None])
     inside = (targets >= start) & (targets < start + chunk)
@@ -72,13 +74,13 @@ def _chosen_logp_fwd(hidden, table, targets, chunk):
   return (target - log_z, entropy), (hidden, table, targets, log_z, entropy)
 
 
-def _chosen_logp_bwd(chunk, saved, cotangents):
+def _chosen_logp_bwd(chunk, num_tokens, saved, cotangents):
   hidden, table, targets, log_z, entropy = saved
   g_logp, g_entropy = cotangents
   rows, num = _chunks(table, chunk)
   def body(d_hidden, xs):
     block_rows, start = xs
-    log_p = _chunk_logits(hidden, block_rows, start, table.shape[0]) - log_z[:, None]
+    log_p = _chunk_logits(hidden, block_rows, start, num_tokens) - log_z[:, None]
     p = jnp.exp(log_p)
     hit = (start + jnp.arange(chunk))[None, :] == targets[:, None]
     d_z = g_logp[:, None] * (hit - p) - g_entropy[:, None] * p * jnp.where(p > 0, log_p + entropy[:, None], 0.)
@@ -114,7 +116,8 @@ def token_stats(config: ModelConfig, params: Params, hidden: jax.Array, tokens: 
   # Divided in float32: in bfloat16 the temperature itself would be off by up to 0.4%.
   flat = (hidden[:, :-1].astype(jnp.float32) / temperature).astype(hidden.dtype).reshape(-1, width)
   chunk = min(config.vocab_chunk, config.vocab_size)
-  logp, entropy = chosen_logp(flat, unembedding(config, params), tokens[:, 1:].reshape(-1), chunk)
+  logp, entropy = chosen_logp(flat, unembedding(config, params), tokens[:, 1:].reshape(-1), chunk,
+                              config.num_tokens or config.vocab_size)
   pad = lambda x: jnp.pad(x.reshape(num_rows, num_tokens - 1), ((0, 0), (1, 0)))
   return pad(logp), pad(entropy)
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -156,5 +157,6 @@ def get(entry: Mapping[str, Any], vocab_size: int) -> Model:
   config = model_config.resolve(entry['variant'], shape)
   if config.vocab_size < vocab_size:
     raise ValueError(f'config.model.shape.vocab_size={config.vocab_size}: the tokenizer has {vocab_size} tokens')
+  config = dataclasses.replace(config, num_tokens=vocab_size)
   return make(config, init=entry['init'], lora_options=entry['lora'], critic=entry['critic'],
               reference=entry['reference'])

@@ -1,4 +1,7 @@
-"""Think, search, read, answer, in the tags of Search-R1 (Jin et al. 2025, https://arxiv.org/abs/2503.09516, Sec. 3.2)."""
+"""Think, search, read, answer, in the tags of Search-R1.
+
+Jin et al. 2025, https://arxiv.org/abs/2503.09516, Sec. 3.2.
+"""
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -58,7 +58,8 @@ def pack(forest: Forest, rows: Sequence[Row], scored: np.ndarray, *, num_rows: i
   for name, weight in train_roles.items():
     weight_of[ROLES[name]] = weight
   t = empty(num_rows, length, num_turns)
-  ids = {(q, i): first_id + n for n, (q, i) in enumerate((q, i) for q, tree in forest.items() for i in range(len(tree.nodes)))}
+  nodes = [(q, i) for q, tree in forest.items() for i in range(len(tree.nodes))]
+  ids = {node: first_id + n for n, node in enumerate(nodes)}
   lengths, trained = np.zeros(num_rows, np.int32), set()
   for b, row in enumerate(rows):
     tree, path = forest[row.question], forest_lib.lineage(forest[row.question], row.leaf)
@@ -96,7 +97,8 @@ def empty(B: int, T: int, K: int) -> Trajectories:
 def _row(tree, path):
   """Tokens, roles, turn numbers and log-probabilities of one path."""
   prompt = tree.prompts[tree.nodes[path[0]].path[0]]
-  tokens, role, index, logps = [prompt], [np.full(len(prompt), PROMPT)], [np.full(len(prompt), -1)], [np.zeros(len(prompt))]
+  n = len(prompt)
+  tokens, role, index, logps = [prompt], [np.full(n, PROMPT)], [np.full(n, -1)], [np.zeros(n)]
   for k, i in enumerate(path):
     turn = tree.nodes[i].turn
     tokens.append(turn.token_ids)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rlsearch.sampling import forest as forest_lib
-from rlsearch.types import MALFORMED, OK, Call, Episode, Hypers, Key, Outcome, RewardTerm, Row, Tools, Tree
+from rlsearch.types import FAILED_SERVICE, MALFORMED, OK, Call, Episode, Hypers, Key, Outcome, RewardTerm, Row, Tools, Tree
 
 
 class Scored(NamedTuple):
@@ -69,7 +69,7 @@ def score_rows(terms: Mapping[str, RewardTerm], episodes: Sequence[Episode], out
   shape = (len(episodes), max_turns)
   values = {name: np.zeros(shape, np.float32) for name in terms}
   given = {name: np.zeros(shape, bool) for name in terms}
-  scored = np.ones(len(episodes), bool)
+  scored = np.array([e.ended != FAILED_SERVICE for e in episodes], bool)          # also where there is no term
   for name, term in terms.items():
     for b, (episode, said) in enumerate(zip(episodes, term.score(episodes, known), strict=True)):
       if said is None:

@@ -1,0 +1,159 @@
+"""Every method's config at every scale, the paper's numbers, and what the command line says to a mistake."""
+from __future__ import annotations
+
+import importlib
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from configs import base
+from rlsearch import method as method_lib, methods, parallel, settings
+from rlsearch.models import model as models
+
+REPO = pathlib.Path(__file__).parents[1]
+METHODS = [m.name for m in methods.methods()]
+EVERY = [(name, scale) for name in METHODS for scale in base.SCALES]
+
+
+def config(name, scale):
+  """The plain config of a method."""
+  return settings.plain(importlib.import_module(f'configs.{name}').get_config(scale))
+
+
+def train(*args):
+  """How `python -m rlsearch.train` ended."""
+  return subprocess.run([sys.executable, '-m', 'rlsearch.train', *args], cwd=REPO, capture_output=True, text=True,
+                        timeout=60)
+
+
+@pytest.mark.parametrize('name, scale', EVERY)
+class TestEveryScale:
+
+  def test_every_entry_is_read(self, name, scale):
+    stages = settings.stages(config(name, scale))
+    assert list(stages) == (['cold_start', name] if scale == 'embedded' else [name])
+
+  def test_builds(self, name, scale):
+    for stage in settings.stages(config(name, scale)).values():
+      model = models.get(stage['model'], 1000)
+      built = method_lib.build(stage, tuple(model.trainable))
+      assert built.protocol.max_turns == stage['protocol']['max_searches'] + 1
+      assert {f'lr/{group}' for group in model.trainable} <= set(built.schedule.hypers(0, built.schedule.init()))
+      assert set(settings.optimizers(stage, model)) == set(model.trainable)
+
+  @pytest.mark.parametrize('num_devices', [1, 8])
+  def test_budgets_fit(self, name, scale, num_devices):
+    for stage in settings.stages(config(name, scale)).values():
+      mesh = parallel.make_mesh(stage['mesh'], jax.devices()[:num_devices])
+      length, buckets = settings.lengths(stage, mesh)
+      assert all(b.rows % num_devices == 0 and b.length <= length.total for b in buckets)
+
+  def test_all_stages_have_one_seed(self, name, scale):
+    changed = {**config(name, scale), 'seed': 7}
+    assert {stage['seed'] for stage in settings.stages(changed).values()} == {7}
+
+
+class TestEveryMethod:
+
+  def test_there_is_one(self):
+    assert 'search_r1_grpo' in METHODS
+
+  @pytest.mark.parametrize('name', METHODS)
+  def test_says_its_paper_and_its_command(self, name):
+    module = importlib.import_module(f'configs.{name}')
+    assert module.get_config().name == name
+    assert re.search(r'https://arxiv\.org/abs/\d{4}\.\d{5}', module.__doc__)
+    assert f'python -m rlsearch.train --config=configs/{name}.py --workdir=' in module.__doc__
+
+  @pytest.mark.parametrize('name', METHODS)
+  def test_unknown_scale(self, name):
+    message = re.escape(f"scale 'qwen9'; known: {sorted(base.SCALES)}")
+    with pytest.raises(ValueError, match=message):
+      importlib.import_module(f'configs.{name}').get_config('qwen9')
+
+  @pytest.mark.parametrize('name', METHODS)
+  def test_has_a_row_in_the_readme(self, name):
+    assert f'[{name}]({name}.py)' in (REPO / 'configs' / 'README.md').read_text()
+
+
+class TestSeed:
+
+  def test_stage_with_a_seed_of_its_own(self):
+    changed = config('search_r1_grpo', 'embedded')
+    changed['stages']['cold_start']['seed'] = 4
+    with pytest.raises(ValueError, match=r'config\.stages\.cold_start\.seed=4'):
+      settings.stages(changed)
+
+  def test_what_the_method_decides_reaches_the_cold_start(self):
+    changed = config('search_r1_grpo', 'embedded')
+    changed['model']['shape'] = {'num_layers': 2}
+    changed['data']['source']['num_entities'] = 300
+    cold = settings.stages(changed)['cold_start']
+    assert cold['model']['shape'] == {'num_layers': 2} and cold['data']['source']['num_entities'] == 300
+
+
+# Search-R1's v0.2 GRPO script and the paper's appendix.
+SEARCH_R1 = {
+    'steps': 1005, 'data.questions_per_step': 512, 'sampling': dict(name='independent', num_samples=5),
+    'protocol.max_searches': 4, 'retriever.topk': 3, 'rewards': dict(em=dict(name='exact_match')),
+    'credit': dict(name='group_relative', normalize_std=True, ddof=1),
+    'schedule.lr': dict(name='warmup_constant', peak=1e-6, warmup_steps=286), 'schedule.kl_coef': 1e-3,
+    'schedule.entropy_coef': 1e-3, 'schedule.temperature': 1.0,
+    'objective': dict(name='clipped_surrogate', clip_low=0.2, clip_high=0.2, kl='k3', aggregate='token'),
+    'optimizer': dict(name='adamw', b1=0.9, b2=0.999, weight_decay=0.01, clip_norm=1.0),
+    'length.prompt': 2048, 'length.turn': 500, 'length.observation': 500, 'length.total': 4096,
+    'updates.minibatches': 10, 'updates.epochs': 1, 'train_roles': dict(policy=1.0), 'model.reference': True}
+
+
+class TestSearchR1:
+
+  @pytest.mark.parametrize('variant', ['qwen2_5_3b', 'qwen2_5_7b'])
+  @pytest.mark.parametrize('path', SEARCH_R1)
+  def test_paper_value(self, variant, path):
+    found = config('search_r1_grpo', variant)
+    for part in path.split('.'):
+      found = found[part]
+    assert found == SEARCH_R1[path]
+
+  def test_the_model_is_the_scale(self):
+    assert [config('search_r1_grpo', v)['model']['variant'] for v in ('embedded', 'qwen2_5_3b', 'qwen2_5_7b')] == [
+        'tiny', 'qwen2_5_3b', 'qwen2_5_7b']
+
+  def test_temperature_one_and_constant_rate_after_warmup(self):
+    built = method_lib.build(settings.stages(config('search_r1_grpo', 'qwen2_5_7b'))['search_r1_grpo'], ('policy',))
+    rates = [built.schedule.hypers(step, ())['lr/policy'] for step in (0, 143, 286, 1004)]
+    assert rates == pytest.approx([0, 0.5e-6, 1e-6, 1e-6], abs=0.01e-6)
+
+
+class TestCommandLine:
+
+  CONFIG = '--config=configs/search_r1_grpo.py'
+
+  @pytest.mark.parametrize('args, messages', [
+      (('--config.objective.clip_hihg=1',), ('clip_hihg', 'Did you mean "clip_high"')),
+      (('--config.sampling.num_samples=1',), ('config.sampling.num_samples=1: ', 'a group of at least 2')),
+      (('--config.credit.name=gae',), ("config.credit.name='gae'; known: [",)),
+      (('--config.schedule.kl_coef=0.1',), ('config.schedule.kl_coef=0.1', 'config.model.reference=False')),
+      (('--config.steps=many',), ('--config.steps=many',)),
+      (('--worker=1',), ("Unknown command line flag 'worker'",)),
+      (('steps=3',), ("unknown argument 'steps=3'; entries of the config are --config.a.b=value",))])
+  def test_mistakes(self, tmp_path, args, messages):
+    ended = train(self.CONFIG, f'--workdir={tmp_path / "run"}', *args)
+    said = ended.stdout + ended.stderr
+    assert ended.returncode not in (0, 3), said
+    assert all(message in said for message in messages), said
+    assert not (tmp_path / 'run' / 'config.json').exists()           # nothing began, so the folder is still free
+
+  @pytest.mark.parametrize('args, message', [
+      (('--config=configs/search_r2.py', '--workdir=x'), 'configs/search_r2.py'),
+      (('--config=configs/search_r1_grpo.py:qwen9', '--workdir=x'), "scale 'qwen9'; known: ["),
+      (('--config=configs/search_r1_grpo.py',), '--workdir must have a value'),
+      (('--workdir=x',), '--config must have a value')])
+  def test_flags(self, args, message):
+    ended = train(*args)
+    assert ended.returncode not in (0, 3) and message in ended.stderr, ended.stderr
+    assert not (REPO / 'x').exists()
