@@ -5,6 +5,7 @@ One program serves every machine: a laptop, one GPU and a pod differ in the mesh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+import functools
 import math
 from typing import Any
 
@@ -98,8 +99,21 @@ def local_rows(tree: Any) -> Any:
 
 
 def to_replicated(tree: Any, mesh: Mesh) -> Any:
-  """Returns the tree on every device of `mesh`; where the mesh is this host's own, only its copy is made."""
+  """Returns the tree on every device of `mesh`, this host's own; every host calls it with the same arrays.
+
+  What lies on several hosts is gathered by a collective first: no transfer crosses hosts by itself.
+  """
+  leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and not x.is_fully_addressable]
+  if leaves:
+    whole = _gather(leaves[0].sharding.mesh)(tree)
+    tree = jax.tree.map(lambda x: x.addressable_data(0), whole)
   return jax.device_put(tree, replicated(mesh))
+
+
+@functools.lru_cache(maxsize=4)
+def _gather(mesh: Mesh):
+  """The compiled identity that ends on every device of every host."""
+  return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
 
 
 ## What the hosts share.

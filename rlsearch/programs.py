@@ -56,7 +56,7 @@ def make_programs(model: Model, method: Method, tx: Mapping[str, optim.Group], s
                          in_shardings=(shard.state, sums, whole, shard.replicated), out_shardings=sums,
                          donate_argnums=1),
       apply=jax.jit(update.apply(tx), in_shardings=(shard.state, sums, shard.replicated),
-                    out_shardings=(shard.state, shard.replicated), donate_argnums=(0, 1)),
+                    out_shardings=(shard.state, shard.replicated), donate_argnums=0),
       shard=shard, options=options, settle=jax.block_until_ready if several_cpus else lambda x: x)
 
 

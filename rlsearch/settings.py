@@ -144,6 +144,8 @@ def check(config: Mapping[str, Any]) -> None:
       raise ValueError(f'config.tools.{name}={config["tools"][name]!r}: nothing reads this entry; known: deadline_seconds')
   positive = {'steps': config['steps'], 'data.questions_per_step': config['data']['questions_per_step'],
               'retriever.topk': config['retriever'].get('topk', 0)}
+  if not isinstance(config['seed'], int) or not 0 <= config['seed'] < 1 << 30:
+    raise ValueError(f'config.seed={config["seed"]!r}: wants a whole number from 0 to {(1 << 30) - 1}')
   for path, value in positive.items():
     if not isinstance(value, int) or value < 1:
       raise ValueError(f'config.{path}={value!r}: wants a positive whole number')

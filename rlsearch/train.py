@@ -155,6 +155,8 @@ def run_stages(config: Any, workdir: epath.Path, overwrite: bool) -> bool:
   """Runs every stage that is not finished yet; returns whether the last one is."""
   plain = settings.plain(config)
   stages = settings.stages(plain)
+  for stage in stages.values():                               # a bad bucket of the last one fails now, not then
+    settings.lengths(stage, parallel.make_mesh(stage['mesh']))
   names = list(stages)
   release = checkpoint.lock(workdir)
   stop = runs.stop_on_signals(lambda text: print(text, flush=True))
@@ -197,6 +199,14 @@ def main(argv: list[str]) -> None:
   raise SystemExit(0 if finished else 3)
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+  """Returns what is left of the command line; a wrong config path or entry is one line, not a traceback."""
+  try:
+    return app.parse_flags_with_usage(argv)
+  except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+    raise SystemExit(f'error: {error}') from error
+
+
 if __name__ == '__main__':
   flags.mark_flags_as_required(['config', 'workdir'])
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

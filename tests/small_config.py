@@ -4,9 +4,10 @@ from ml_collections import ConfigDict
 from configs import search_r1_grpo
 
 
-def get_config() -> ConfigDict:
+def get_config(retriever: str = '') -> ConfigDict:
   """Returns search_r1_grpo at scale `embedded`, everything small: 2 + 4 steps, one shape of rows, one of contexts.
 
+  With the address of a retrieval server (tests/small_config.py:http://...) that one is asked.
   The untrained model earns no reward, so entropy and divergence are what moves its parameters.
   """
   c = search_r1_grpo.get_config('embedded')
@@ -24,6 +25,8 @@ def get_config() -> ConfigDict:
   c.updates.update(minibatches=2, epochs=1, drop_zero_credit=False, old_logp='trainer')
   c.evals.update(every=2, num=4, final_num=8, episodes=3)
   c.checkpoint.every = 1
+  if retriever:
+    c.retriever = ConfigDict(dict(name='http', url=retriever, topk=1))
   cold = c.stages.cold_start
   cold.steps = 2
   cold.model = dict(reference=False)

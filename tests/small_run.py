@@ -71,16 +71,19 @@ def after(path: pathlib.Path, num: int) -> Callable[[], bool]:
 
 ## In a process of its own.
 
-def start(workdir: pathlib.Path, *arguments: str, kill: tuple[str, int, float] | None = None) -> subprocess.Popen:
+def start(workdir: pathlib.Path, *arguments: str, retriever: str = '',
+          kill: tuple[str, int, float] | None = None) -> subprocess.Popen:
   """Starts the trainer on one device; standard output and error come together.
 
   Args:
     workdir: of the run.
     arguments: after the usual ones.
+    retriever: address of a server; '' for the one in process.
     kill: see `die`.
   """
   program = ['-m', 'rlsearch.train'] if kill is None else ['tests/small_run.py', *map(str, kill)]
-  command = [sys.executable, *program, '--config=tests/small_config.py', f'--workdir={workdir}', '--cpu_devices=1', *arguments]
+  config = 'tests/small_config.py' + (f':{retriever}' if retriever else '')
+  command = [sys.executable, *program, f'--config={config}', f'--workdir={workdir}', '--cpu_devices=1', *arguments]
   return subprocess.Popen(command, cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)},
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -82,7 +82,7 @@ class TestInterrupt:
   @pytest.mark.slow
   def test_twice_ends_at_once(self, tmp_path):
     with silent_server() as (url, connections):
-      process = small_run.start(tmp_path, '--config.retriever.name=http', f'--config.retriever.url={url}')
+      process = small_run.start(tmp_path, retriever=url)
       wait_for(lambda: connections, process)                             # it waits for an answer that never comes
       process.send_signal(signal.SIGINT)
       assert any('stopping' in line for line in iter(process.stdout.readline, ''))

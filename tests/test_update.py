@@ -27,6 +27,7 @@ MICRO, LENGTH = 4, 12
 MODEL = models.make(CONFIG, reference=True)
 OBJECTIVE = clipped_surrogate(clip_low=0.2, clip_high=0.2, kl='k3', aggregate='token')
 HYPERS = {'temperature': 1.0, 'kl_coef': 0.05, 'entropy_coef': 0.01, 'lr/policy': 0.05}
+FAST = {'xla_backend_optimization_level': 0}               # compiles in half the time
 MESHES = {'one device': {}, 'data, fsdp, tensor = 2, 2, 2': dict(data=2, fsdp=2, tensor=2)}
 
 
@@ -111,7 +112,7 @@ def accumulated(program, *blocks):
   return jax.device_get(sums)
 
 
-def apply_on(name, made, make, sums=None):
+def apply_on(name, made, make):
   """Parameters after one step of an optimizer on a mesh, from the gradients that this mesh found."""
   program, _, own = made[name]
   mesh = mesh_of(MESHES[name])
@@ -119,8 +120,8 @@ def apply_on(name, made, make, sums=None):
   shard = update.shardings(MODEL, groups, mesh)
   where = update.sums_shardings(shard, own.metrics)
   step = jax.jit(update.apply(groups), in_shardings=(shard.state, where, shard.replicated),
-                 out_shardings=(shard.state, shard.replicated))
-  state, metrics = step(start(shard, make), own if sums is None else sums, hypers())
+                 out_shardings=(shard.state, shard.replicated), compiler_options=FAST)
+  state, metrics = step(start(shard, make), own, hypers())
   return jax.device_get(state), jax.device_get(metrics), state
 
 
@@ -178,6 +179,7 @@ class TestMesh:
         found += 1
     assert found == len(where) * (2 if make is adamw else 1) + (0 if make is adamw else 7)
 
+  @pytest.mark.slow                                        # eight random arrays in one program compile for long
   def test_a_state_is_born_where_it_belongs(self):
     mesh = mesh_of(dict(data=2, fsdp=2, tensor=2))
     small_model = models.make(small.shape(num_layers=1))
@@ -243,20 +245,20 @@ class TestAccumulate:
     assert sums.metrics['entropy'].weight == trained.sum()
 
 
-def two_groups(bad):
-  """Sums of a model with policy and value whose gradients are `bad` in one entry of the value head."""
-  model = models.make(CONFIG, critic='shared')
-  trainable, _ = model.init(jax.random.key(0))
-  grads = jax.tree.map(lambda x: jnp.full(x.shape, 0.5), trainable)
-  grads['value'] = {**grads['value'], 'head': {**grads['value']['head']}} if 'head' in grads['value'] else grads['value']
-  head = grads['value']['head']
-  head['weight'] = head['weight'].at[3].set(bad)
-  groups = {name: adamw(specs) for name, specs in model.trainable.items()}
-  opt_state = {name: jax.tree.map(lambda x: x + 1, group.tx.init(trainable[name])) for name, group in groups.items()}
+TWO = models.make(CONFIG, critic='shared')
+TWO_GROUPS = {name: adamw(specs) for name, specs in TWO.trainable.items()}
+APPLY_TWO = jax.jit(update.apply(TWO_GROUPS), compiler_options=FAST)
+
+
+def two_groups(entry):
+  """A step of a model with policy and value; gradients are 0.5, but `entry` in one place of the value head."""
+  trainable, _ = TWO.init(jax.random.key(0))
+  grads = jax.tree.map(lambda x: np.full(x.shape, 0.5, np.float32), trainable)
+  grads['value']['head']['weight'][3] = entry
+  opt_state = {name: jax.tree.map(lambda x: x + 1, group.tx.init(trainable[name])) for name, group in TWO_GROUPS.items()}
   state = update.TrainState(jnp.int32(4), trainable, {}, opt_state)
   sums = update.Sums(grads, WeightedSum(jnp.float32(3), jnp.float32(2)), {})
-  step = jax.jit(update.apply(groups))
-  return state, *step(state, sums, {'lr/policy': jnp.float32(0.1), 'lr/value': jnp.float32(0.1)})
+  return state, *APPLY_TWO(state, sums, {'lr/policy': jnp.float32(0.1), 'lr/value': jnp.float32(0.1)})
 
 
 class TestApply:
@@ -306,7 +308,7 @@ BUCKETS = (Bucket(4, 8), Bucket(4, 16))
 
 class TestUpdateStep:
 
-  @pytest.mark.parametrize('name', MESHES)
+  @pytest.mark.parametrize('name', [list(MESHES)[0], pytest.param(list(MESHES)[1], marks=pytest.mark.slow)])
   def test_one_compilation_for_each_declared_bucket(self, made, name):
     program = make_programs(mesh_of(MESHES[name]), old_logp='trainer')
     state = start(program.shard)
@@ -324,20 +326,23 @@ class TestUpdateStep:
     with pytest.raises(AssertionError):
       programs.assert_one_trace_a_bucket(program, BUCKETS[:1])
 
-  def test_dropping_rows_without_signal_keeps_the_direction(self):
-    """Under kl = entropy = 0 the step is longer by the ratio of the weights and otherwise the same."""
+  def test_dropping_rows_without_signal_keeps_the_direction(self, one):
+    """Under kl = entropy = 0 the gradient is longer by the ratio of the weights and otherwise the same."""
     packed, rewards = packed_step([9, 12, 10, 16, 16, 11, 13, 9], [1, 0, 0, -2, 0, 0, 0.5, 0])
-    free, moved, reports = {**HYPERS, 'kl_coef': 0.0, 'entropy_coef': 0.0, 'lr/policy': 0.01}, [], []
+    free, moved, reports = {**HYPERS, 'kl_coef': 0.0, 'entropy_coef': 0.0, 'lr/policy': 1.0}, [], []
     for drop in (False, True):
-      program = make_programs(mesh_of({}), lambda specs: optim.sgd(specs, clip_norm=1e9), drop_zero_credit=drop)
+      program = one._replace(options=one.options._replace(drop_zero_credit=drop))
       before = jax.device_get(start(program.shard).trainable)
       after, _, means = programs.update_step(program, start(program.shard), packed, rewards, BUCKETS, free, (0, 0))
-      moved.append(jax.tree.map(lambda a, b: np.float64(a) - b, jax.device_get(after.trainable), before))
+      step = jax.tree.map(lambda a, b: np.float64(a) - b, jax.device_get(after.trainable), before)
+      length = np.sqrt(sum(np.sum(x ** 2) for x in jax.tree.leaves(step)))
+      moved.append(jax.tree.map(lambda x: x / length, step))                         # the step may be clipped
       reports.append(means)
     weight = packed.traj.loss_weight.sum(axis=1)
     ratio = weight.sum() / weight[[0, 3, 6]].sum()
     assert ratio > 2
-    assert small.relative(moved[1], jax.tree.map(lambda x: x * ratio, moved[0])) < 1e-3     # p - p' is rounded
+    assert small.relative(moved[1], moved[0]) < 1e-4
+    np.testing.assert_allclose(*(reports[i]['update/grad_norm/policy'] * (ratio, 1)[i] for i in (0, 1)), rtol=1e-4)
     assert (reports[0]['update/rows_dropped'], reports[1]['update/rows_dropped']) == (0, 5)
     assert reports[1]['cost/trained_tokens'] == weight[[0, 3, 6]].sum()
 
@@ -371,6 +376,9 @@ class TestMinibatches:
     assert order((0, 3)) == order((0, 3)) and len({str(order((0, step))) for step in range(6)}) > 1
 
 
+ORTHOGONALIZE = jax.jit(optim.orthogonalize, static_argnums=1, compiler_options=FAST)
+
+
 class TestOrthogonalize:
 
   @pytest.mark.parametrize('shape', [(16, 24), (24, 16), (16, 16), (4, 40)])
@@ -378,7 +386,7 @@ class TestOrthogonalize:
     x = np.random.default_rng(0).standard_normal((3, *shape)).astype(np.float32) * [[[1e-6]], [[1]], [[1e4]]]
     if shape == (16, 16):
       x = x + 3 * np.linalg.norm(x, axis=(1, 2), keepdims=True) / 12 * np.eye(16)   # keep the smallest value off 0
-    out = np.asarray(optim.orthogonalize(jnp.float32(x), 5), np.float64)
+    out = np.asarray(ORTHOGONALIZE(jnp.float32(x), 5), np.float64)
     for a, b in zip(np.float64(x), out, strict=True):
       u, _, v = np.linalg.svd(a, full_matrices=False)
       inner = u.T @ b @ v.T
@@ -387,7 +395,7 @@ class TestOrthogonalize:
       assert np.linalg.norm(b) ** 2 - np.linalg.norm(inner) ** 2 < 1e-3             # nothing outside their span
 
   def test_zero_stays_zero(self):
-    assert not np.any(optim.orthogonalize(jnp.zeros((2, 4, 6)), 5))
+    assert not np.any(ORTHOGONALIZE(jnp.zeros((2, 4, 6)), 5))
 
 
 class TestOptimizers:
@@ -400,7 +408,8 @@ class TestOptimizers:
     return jax.tree.map(lambda p: rng.standard_normal(p.shape).astype(np.float32), self.TABLE, is_leaf=params_lib.is_param)
 
   def step(self, group, grads, params, rate, state=None):
-    return optim.apply(group, params, grads, group.tx.init(params) if state is None else state, rate)
+    state = group.tx.init(params) if state is None else state
+    return jax.jit(lambda *args: optim.apply(group, *args), compiler_options=FAST)(params, grads, state, jnp.float32(rate))
 
   def test_sgd_clips_by_the_global_norm(self):
     params, grads = self.values(0), self.values(1)
@@ -430,13 +439,13 @@ class TestOptimizers:
     after, state = self.step(group, grads, params, 0.1)
     np.testing.assert_allclose(after['norm'], params['norm'] - 0.1 * 0.25 * np.sign(grads['norm']), rtol=1e-4)
     # g + μ m with m = g has the direction of g; sqrt(out / in) = 2.
-    wanted = params['layers']['up'] - 0.1 * 2 * np.asarray(optim.orthogonalize(grads['layers']['up'], 5))
+    wanted = params['layers']['up'] - 0.1 * 2 * np.asarray(ORTHOGONALIZE(grads['layers']['up'], 5))
     np.testing.assert_allclose(after['layers']['up'], wanted, atol=1e-5)
     # Nesterov: m = 0.8 g + h, and the step goes along h + 0.8 m.
     h = self.values(2)
     second, _ = self.step(group, h, after, 0.1, state)
     m = 0.8 * grads['layers']['up'] + h['layers']['up']
-    wanted = after['layers']['up'] - 0.2 * np.asarray(optim.orthogonalize(h['layers']['up'] + 0.8 * m, 5))
+    wanted = after['layers']['up'] - 0.2 * np.asarray(ORTHOGONALIZE(h['layers']['up'] + 0.8 * m, 5))
     np.testing.assert_allclose(second['layers']['up'], wanted, atol=1e-5)
 
   def test_a_tall_matrix_is_not_scaled_down(self):
@@ -444,7 +453,7 @@ class TestOptimizers:
     g = {'down': np.random.default_rng(0).standard_normal((1, 8, 2)).astype(np.float32)}
     group = optim.muon(table, momentum=0.0, steps=5, adam_scale=1.0, b1=0.9, b2=0.95, clip_norm=1e9)
     after, _ = self.step(group, g, {'down': np.zeros((1, 8, 2), np.float32)}, 1.0)
-    np.testing.assert_allclose(after['down'], -np.asarray(optim.orthogonalize(g['down'], 5)), atol=1e-6)
+    np.testing.assert_allclose(after['down'], -np.asarray(ORTHOGONALIZE(g['down'], 5)), atol=1e-6)
 
   def test_a_projection_over_heads_is_one_matrix(self):
     """W_o [L, N, H, D] maps N·H inputs: it is orthogonalised as [N·H, D], not head by head."""
@@ -452,7 +461,7 @@ class TestOptimizers:
     g = {'o': np.random.default_rng(0).standard_normal((2, 3, 2, 12)).astype(np.float32)}
     group = optim.muon(table, momentum=0.0, steps=5, adam_scale=1.0, b1=0.9, b2=0.95, clip_norm=1e9)
     after, _ = self.step(group, g, {'o': np.zeros((2, 3, 2, 12), np.float32)}, 1.0)
-    wanted = -np.sqrt(2) * np.asarray(optim.orthogonalize(g['o'].reshape(2, 6, 12), 5)).reshape(2, 3, 2, 12)
+    wanted = -np.sqrt(2) * np.asarray(ORTHOGONALIZE(g['o'].reshape(2, 6, 12), 5)).reshape(2, 3, 2, 12)
     np.testing.assert_allclose(after['o'], wanted, atol=1e-5)
 
   def test_zero_gradients_of_a_head_do_not_spoil_its_matrix(self):
