@@ -36,6 +36,7 @@ def _tree(run: Run) -> dict[str, Any]:
 
 def open_folder(folder: epath.Path, keep: int) -> Checkpoints:
   """Returns the checkpoints under `folder`; a half-written one is never seen as one."""
+  folder = folder if '://' in str(folder) else folder.absolute()          # Orbax refuses relative paths
   folder.mkdir(parents=True, exist_ok=True)
   manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(
       max_to_keep=keep, create=True, enable_async_checkpointing=True, cleanup_tmp_directories=True))

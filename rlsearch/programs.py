@@ -118,7 +118,7 @@ def update_step(program: Programs, state: TrainState, packed: Packed, rewards: R
     for bucket, rows in blocks_of(packed.lengths, members, buckets):
       host_rows = bucket._replace(rows=bucket.rows // jax.process_count())
       piece = pack_lib.take(traj, host_rows, rows)
-      block = Block(piece, pack_lib.identity_layout(piece), *(pack_lib.take(x, host_rows, rows) for x in (cred, snap)))
+      block = Block(piece, _layout(piece), *(pack_lib.take(x, host_rows, rows) for x in (cred, snap)))
       block = parallel.to_global(block, shard.rows)
       sums = program.settle(program.accumulate(state, sums, block, hypers))
       real, padding = real + int(packed.lengths[rows].sum()), padding + host_rows.rows * host_rows.length
@@ -131,6 +131,11 @@ def update_step(program: Programs, state: TrainState, packed: Packed, rewards: R
            'update/optimizer_steps': sum('skipped' in m for m in done),
            'update/rows_dropped': int(np.sum(~useful[everyone])), 'cost/trained_tokens': _trained(packed, useful)}
   return state, cred.advantage, means
+
+
+def _layout(piece: Trajectories) -> Layout:
+  """The layout of this host's rows of a block; every host has as many."""
+  return pack_lib.identity_layout(piece, jax.process_index() * piece.tokens.shape[0])
 
 
 def _trained(packed: Packed, useful: np.ndarray) -> float:
@@ -148,7 +153,7 @@ def _take_snapshot(program, state, packed, buckets, members, hypers) -> Snapshot
   out = [np.zeros(traj.tokens.shape, np.float32) for _ in range(3)]
   for bucket, rows in blocks_of(packed.lengths, members, buckets):
     host_rows = bucket._replace(rows=bucket.rows // jax.process_count())
-    layout = parallel.to_global(pack_lib.identity_layout(pack_lib.take(traj, host_rows, rows)), program.shard.rows)
+    layout = parallel.to_global(_layout(pack_lib.take(traj, host_rows, rows)), program.shard.rows)
     found = parallel.local_rows(program.settle(program.snapshot(state, layout, hypers['temperature'])))
     for whole, part in zip(out, found, strict=True):
       whole[rows, :bucket.length] = part[:len(rows)]

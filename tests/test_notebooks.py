@@ -50,7 +50,8 @@ class TestStored:
     assert set(notebook.metadata) <= {'kernelspec', 'language_info'}
     assert notebook.metadata.kernelspec.name == 'python3' and set(notebook.metadata.language_info) == {'name'}
     for cell in notebook.cells:
-      texts = [cell.source, *(out.get('text') or out.get('data', {}).get('text/plain', '') for out in cell.get('outputs', ()))]
+      shown = [out.get('text') or out.get('data', {}).get('text/plain', '') for out in cell.get('outputs', ())]
+      texts = [cell.source, *shown]
       assert not cell.metadata and not any(MACHINE.search(text) for text in texts), cell.source
 
   def test_small(self, name):
@@ -60,7 +61,8 @@ class TestStored:
   def test_finds_the_library(self, name, folder):
     """The lines before the first import of a dependency find this checkout, from the root and from its own folder."""
     head = code(name)[0].source.split('import jax')[0]
-    done = subprocess.run([sys.executable, '-c', head + 'import configs, rlsearch\nprint(configs.__file__, rlsearch.__file__)'],
+    check = 'import configs, rlsearch\nprint(configs.__file__, rlsearch.__file__)'
+    done = subprocess.run([sys.executable, '-c', head + check],
                           cwd=ROOT / folder, env={k: v for k, v in os.environ.items() if k != 'PYTHONPATH'},
                           capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -153,11 +153,16 @@ def divide(lengths: np.ndarray, members: np.ndarray, buckets: Sequence[Bucket]) 
   return blocks
 
 
-def identity_layout(traj: Trajectories) -> Layout:
-  """Returns the layout in which a row is a sequence."""
+def identity_layout(traj: Trajectories, first_row: int = 0) -> Layout:
+  """Returns the layout in which a row is a sequence.
+
+  Args:
+    traj: rows of this host.
+    first_row: how many rows of the block other hosts hold before these: `gather` counts in the whole block.
+  """
   rows, length = traj.tokens.shape
   positions = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
-  gather = np.arange(rows * length, dtype=np.int32).reshape(rows, length)
+  gather = first_row * length + np.arange(rows * length, dtype=np.int32).reshape(rows, length)
   return Layout(traj.tokens, positions, traj.valid.astype(np.int32), np.zeros((rows, length), np.int32), gather)
 
 
