@@ -45,7 +45,7 @@ def make(services: Mapping[str, Service], deadline_seconds: float, max_batch: in
       outcomes = [o._replace(seconds=each) for o in outcomes]
     except Exception as error:  # A broken service is an outcome, never an observation; the run counts and limits them.
       logging.getLogger(__name__).warning('tool %s failed: %s: %s', tool, type(error).__name__, error)
-      outcomes = [Outcome(MALFORMED, None, time.monotonic() - start)] * len(calls)
+      outcomes = [Outcome(MALFORMED, None, (time.monotonic() - start) / len(calls))] * len(calls)
     ended.put(list(zip(calls, outcomes, strict=True)))
 
   def submit(calls):

@@ -131,7 +131,8 @@ def read(workdir: str | pathlib.Path) -> Recorded:
     raise ValueError(f'--workdir={workdir}: there is no such folder; wanted the folder of a run.')
   notes: list[str] = []
   config, run, summary = (_load(root / f'{n}.json', notes) for n in ('config', 'run', 'summary'))
-  wanted = [s for s in listing(config.get('stages')) if isinstance(s, str)]
+  said = config.get('stages')                                       # a list of names, or configs by name
+  wanted = [s for s in (list(said) if isinstance(said, dict) else listing(said)) if isinstance(s, str)]
   folders = {p.name: p for p in sorted(root.iterdir()) if p.is_dir() and (
       p.name in wanted or (p / METRICS).exists() or (p / EVALS).exists() or
       any(p.glob(f'*{EPISODES}*.json')))}

@@ -106,9 +106,12 @@ def stages(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
   method = {k: v for k, v in config.items() if k not in ('name', 'stages')}
   found = {}
   for name, over in config['stages'].items():
+    if name == config['name']:
+      raise ValueError(f'config.stages.{name}: a stage cannot have the name of the method')
     if 'seed' in over:
       raise ValueError(f'config.stages.{name}.seed={over["seed"]!r}: a run has one seed, config.seed')
     found[name] = lay(over, method, f'config.stages.{name}')
+    _check_shared(name, found[name], method)
   found[config['name']] = method
   for name, stage in found.items():
     try:
@@ -119,6 +122,18 @@ def stages(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     except ValueError as error:
       raise ValueError(f'stage {name!r}: {error}') from error
   return found
+
+
+def _check_shared(name: str, stage: Mapping[str, Any], method: Mapping[str, Any]) -> None:
+  """Raises ValueError if a stage wants another world, search or tokenizer: stages share theirs."""
+  without = lambda entry, *names: {k: v for k, v in entry.items() if k not in names}
+  for path, found, wanted in (
+      ('data.source', without(stage['data']['source'], 'demonstrations'), without(method['data']['source'], 'demonstrations')),
+      ('retriever', without(stage['retriever'], 'topk'), without(method['retriever'], 'topk')),
+      ('model.tokenizer', stage['model']['tokenizer'], method['model']['tokenizer'])):
+    if plain(found) != plain(wanted):
+      raise ValueError(f'config.stages.{name}.{path}: {differences(wanted, found, path)[0]}; stages share what they '
+                       f'search, so say config.{path} for all of them')
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -151,6 +166,9 @@ def check(config: Mapping[str, Any]) -> None:
       raise ValueError(f'config.{path}={value!r}: wants a positive whole number')
   if not 0 <= config['max_failed_share'] <= 1:
     raise ValueError(f'config.max_failed_share={config["max_failed_share"]!r}: wants a share from 0 to 1')
+  temperature = config['schedule'].get('temperature')
+  if isinstance(temperature, (int, float)) and not temperature > 0:
+    raise ValueError(f'config.schedule.temperature={temperature!r}: wants a positive number')
   step = section('updates', Update, config['updates'])
   if min(step.minibatches, step.epochs, step.microbatch_rows) < 1:
     raise ValueError(f'config.updates={dict(config["updates"])}: wants positive numbers')
@@ -200,7 +218,8 @@ def environment(config: Mapping[str, Any]) -> Environment:
   if source.get('seed') == -1:
     source['seed'] = config['seed']
   if source.get('demonstrations'):
-    seen = {'topk': config['retriever']['topk'], 'title_weight': config['retriever'].get('title_weight', 1)}
+    seen = {'topk': config['retriever']['topk'], 'title_weight': config['retriever'].get('title_weight', 1),
+            'max_searches': config['protocol'].get('max_searches', 3)}
     source['demonstrations'] = {**source['demonstrations'], **seen}        # the expert reads what the policy will
   return method_lib.resolve('data.source', environments, source)
 
@@ -252,7 +271,10 @@ def tokenizer(entry: Mapping[str, Any], env: Environment, workdir: epath.Path) -
     return tokenizer_lib.load(str(path))
   workdir.mkdir(parents=True, exist_ok=True)
   symbols = [f'<{slash}{tag}>' for tag in TAGS for slash in ('', '/')] + ['\n']
-  return tokenizer_lib.train_sentencepiece(env.text(), vocab_size=entry['vocab_size'], symbols=symbols, path=str(path))
+  part = path.parent / (path.name + '.part.model')                # a kill while it is written leaves no broken one
+  tok = tokenizer_lib.train_sentencepiece(env.text(), vocab_size=entry['vocab_size'], symbols=symbols, path=str(part))
+  part.replace(path)
+  return tok
 
 
 def shared(config: Mapping[str, Any], env: Environment, workdir: epath.Path) -> Shared:

@@ -91,6 +91,7 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
       engine.set_params(parallel.to_replicated(program.policy(run.state), sampler), step)
     with clock.part('eval'):
       evaluate(step, stop)
+      held_out = engine.counts()                              # apart: training is compared by its own costs
 
     # Host: questions -> forest -> episodes -> rewards.
     with clock.part('rollout'):
@@ -119,6 +120,7 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
 
     run = Run(state.replace(step=state.step + 1), run.memory, parallel.largest((grown.cursor.position - jax.process_index(),))[0])
     summary = {**metrics, **sums, **{f'cost/{k}': v for k, v in engine.counts().items()},
+               **{f'cost/eval_{k}': v for k, v in held_out.items()},
                **{f'hyper/{k}': v for k, v in hypers.items()}, 'rollout/forest_tokens': int(packed.lengths.sum())}
     run = run._replace(memory=method.schedule.update(run.memory, summary))
     logs.raise_if_not_finite(summary, step)
@@ -132,10 +134,10 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
         saved.save(run)
     bar.update(step + 1, logs.key_numbers(summary))
 
-  assert_one_trace_a_bucket(program, buckets)
   finished = int(run.state.step) == config['steps']
   saved.save(run)
   saved.wait()
+  assert_one_trace_a_bucket(program, buckets)
   if finished:
     engine.set_params(parallel.to_replicated(program.policy(run.state), sampler), config['steps'])
     evaluate(config['steps'], stop)

@@ -8,7 +8,7 @@ import pytest
 from rlsearch.envs import encyclopedia, encyclopedia_text, environments, retrieval
 from rlsearch.types import OK, Call
 
-EXPERT = dict(noise=.45, clean_positions=12, famous_every=5, topk=3, title_weight=2)
+EXPERT = dict(noise=.45, clean_positions=12, famous_every=5, topk=3, title_weight=2, max_searches=3)
 
 
 def world(demonstrations=None, **changes):

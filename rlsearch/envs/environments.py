@@ -34,7 +34,7 @@ class Environment(NamedTuple):
 
 
 Expert = Mapping[str, float | int]
-EXPERT = {'noise', 'clean_positions', 'famous_every', 'topk', 'title_weight'}
+EXPERT = {'noise', 'clean_positions', 'famous_every', 'topk', 'title_weight', 'max_searches'}
 
 
 def embedded(*, preset: str, seed: int, num_entities: int, num_famous: int, num_train: int, num_validation: int,
@@ -53,7 +53,7 @@ def embedded(*, preset: str, seed: int, num_entities: int, num_famous: int, num_
       equally long.
     demonstrations: of the expert: `noise`, `clean_positions` (the first so many positions hold one-hop questions
       and no errors), `famous_every` (every so many blocks is one of closed-book questions about famous entities;
-      0 never), `topk` and `title_weight` of its search.  None for questions alone.
+      0 never), `topk` and `title_weight` of its search, and `max_searches`.  None for questions alone.
   """
   world = encyclopedia.make_world(seed, num_entities, preset, num_famous=num_famous)
   draw = lambda split, num, tag: encyclopedia.draw_questions(world, split, num, np.random.default_rng((tag, seed)))
@@ -69,7 +69,7 @@ def embedded(*, preset: str, seed: int, num_entities: int, num_famous: int, num_
     every = demonstrations['famous_every'] if famous else 0
     search = retrieval.bm25(world.passages, title_weight=demonstrations['title_weight']).search
     teach = lambda q, rng, noise: expert.demonstrations(
-        world, [q], lambda queries: search(queries, demonstrations['topk']), rng, noise)[0]
+        world, [q], lambda queries: search(queries, demonstrations['topk']), rng, noise, demonstrations['max_searches'])[0]
 
   @functools.lru_cache(maxsize=64)
   def order(kind: int, epoch: int) -> np.ndarray:
