@@ -170,9 +170,9 @@ class Clock(NamedTuple):
   take: Callable[[], dict[str, float]]             # time/<part> since the last take, and time/step
 
 
-def clock() -> Clock:
-  """Returns a clock for the parts of steps."""
-  spent: dict[str, float] = {}
+def clock(parts: Sequence[str] = ()) -> Clock:
+  """Returns a clock for the parts of steps; `parts` are in every line, with 0 where a step had none."""
+  spent = dict.fromkeys(parts, 0.0)
   state = {'last': time.monotonic()}
 
   @contextmanager
@@ -189,6 +189,7 @@ def clock() -> Clock:
     taken['time/step'] = now - state['last']
     taken['time/other'] = max(0.0, taken['time/step'] - sum(spent.values()))      # the parts are disjoint
     spent.clear()
+    spent.update(dict.fromkeys(parts, 0.0))
     state['last'] = now
     return taken
   return Clock(part, take)

@@ -81,7 +81,7 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
   evals   = settings.section('evals', Evals, config['evals'])
   writer  = logs.writer(folder, name, first, config['tensorboard'])
   bar     = logs.progress(name, config['steps'], first)
-  clock   = logs.clock()
+  clock   = logs.clock(('sync', 'eval', 'rollout', 'score', 'pack', 'update', 'checkpoint'))
   evaluate = evaluate_lib.make_evaluation(evals, shared.tok, env.splits, render, engine, tools, seed, config['steps'],
                                           writer, bar.say)
 

@@ -221,6 +221,15 @@ class TestSampleTurn:
     out = run(PARAMS, [CONTEXTS[0]] * 4)
     assert len({tuple(x) for x in out.token_ids}) == 4
 
+  def test_every_token_has_a_uniform_of_its_own(self):
+    """From a flat distribution over 35 tokens, one number for all twelve would draw one token twelve times."""
+    flat = {**PARAMS, 'unembed': jnp.zeros_like(PARAMS['unembed'])}
+    out = run(flat, [CONTEXTS[0]] * 4)
+    for i in np.flatnonzero(out.count >= 5):
+      assert len(set(out.token_ids[i, :out.count[i]])) > out.count[i] // 2
+    assert (out.count >= 5).any()
+    np.testing.assert_allclose(out.logp[0, :out.count[0]], -np.log(TOK.vocab_size), rtol=1e-5)
+
   def test_temperature_of_each_row(self):
     mixed = run(PARAMS, [CONTEXTS[0]] * 4, temperature=[0, 1])
     greedy, warm = mixed.token_ids[::2], mixed.token_ids[1::2]
