@@ -24,7 +24,7 @@ def command(name: str, workdir: pathlib.Path) -> list[str]:
           f'{source}corpus_path={folder}/corpus.jsonl', f'{source}train={folder}/questions.train.jsonl',
           f'{source}validation={folder}/questions.dev.jsonl', '--config.data.questions_per_step=4', '--cpu_devices=1',
           '--config.sampling.num_samples=2', '--config.model.tokenizer.vocab_size=4096', '--config.engine.rows=8',
-          '--config.length.total=512', '--config.length.turn=16', '--config.engine.contexts=(256, 512)',
+          '--config.length.total=512', '--config.length.prompt=320', '--config.length.turn=16', '--config.engine.contexts=(256, 512)',
           '--config.length.observation=200', '--config.length.buckets=((8, 512),)', '--config.checkpoint.every=2']
 
 
