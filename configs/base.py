@@ -2,7 +2,7 @@
 
 A method's file writes the paper's numbers; its last line lays a scale over them with `at`.  A model's scale adds
 model, data, lengths and mesh and changes nothing that the paper states.  `embedded`, the default, also replaces what
-belongs to size: steps, batch, lengths, optimizer and rates, BM25 over the world as retriever; then comes what the
+belongs to size: steps, batch, lengths, optimizer and rates, BM25 over the world as retriever, its oracle as judge; then comes what the
 method passes as `embedded`, and --config.a.b=value comes last.  `files` runs a small random model over questions and
 passages of your own: a check of the data and the loop, not a way to learn from them.
 """
@@ -20,10 +20,12 @@ def get_config():
   c.stages = {}
   c.mesh = dict(data=1, fsdp=-1, tensor=1)
   c.model = dict(variant='tiny', shape={}, tokenizer=dict(vocab_size=1000), init='normal', lora={}, critic='none',
-                 reference=True)
+                 reference=True, reward='none')
   c.data = dict(questions_per_step=1, source=dict(name='files', corpus_path='', train='', validation='', test='',
                                                   format=None, seed=-1))
   c.retriever = dict(name='bm25', topk=3)
+  c.judge = dict(name='none')
+  c.reward_module = dict(stage='')
   c.tools = dict(deadline_seconds=60.0)
   c.engine = dict(name='simple', rows=64, contexts=(2048, 4096), max_new_tokens=512)
   c.length = dict(prompt=2048, turn=500, observation=500, total=4096, buckets=((64, 4096),))
@@ -51,6 +53,26 @@ _MUON = dict(name='muon', momentum=0.9, steps=4, adam_scale=2.0, b1=0.9, b2=0.95
 _WORLD = dict(name='embedded', preset='demo', seed=-1, num_entities=1000, num_famous=12, num_train=5400,
               num_validation=256, num_test=512, redraw_names=True, block=8, demonstrations=None)
 
+
+def full_weights():
+  """Returns what `embedded` lays over the model of a method that trains adapters: it trains all weights."""
+  return dict(lora=ConfigDict())
+
+
+def with_critic(delay_steps):
+  """Returns the optimizers, rates and updates of `embedded` for a policy and a critic.
+
+  Args:
+    delay_steps: steps in which the critic alone learns.
+  """
+  falling = dict(start=3e-3, stop=1e-3, steps=20)
+  return dict(
+      optimizer=ConfigDict(dict(policy={**_MUON, 'adam_scale': 0.2}, value={**_MUON, 'adam_scale': 0.2})),
+      schedule=dict(lr=ConfigDict(dict(
+          policy=dict(name='delayed_linear', delay_steps=delay_steps, **falling), value=dict(name='linear', **falling)))),
+      updates=dict(drop_zero_credit=False))
+
+
 SCALES = {
     'embedded': dict(
         steps=20,
@@ -58,6 +80,7 @@ SCALES = {
         model=dict(init='copy_heads', reference=False),
         data=dict(questions_per_step=32, source=ConfigDict(_WORLD)),
         retriever=ConfigDict(dict(name='bm25', topk=1, title_weight=2)),
+        judge=ConfigDict(dict(name='oracle', accuracy=1.0)),
         engine=dict(rows=64, contexts=(32, 72, 120, 208), max_new_tokens=24),
         length=dict(prompt=40, turn=24, observation=48, total=208,
                     buckets=((16, 72), (16, 120), (16, 160), (16, 208))),

@@ -14,6 +14,8 @@ def get_stage():
   """Returns what the stage lays over the method's config."""
   return dict(
       steps=STEPS,
+      model=dict(lora={}, critic='none', reference=False, reward='none'),
+      reward_module=dict(stage=''),
       data=dict(questions_per_step=8, source=dict(
           demonstrations=dict(noise=0.45, clean_positions=600, famous_every=25))),
       sampling=dict(name='demonstrations'),

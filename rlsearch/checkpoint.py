@@ -59,14 +59,14 @@ def open_folder(folder: epath.Path, keep: int) -> Checkpoints:
   return Checkpoints(manager.latest_step, save, restore, manager.wait_until_finished, manager.close)
 
 
-def save_policy(folder: epath.Path, policy: Params) -> None:
-  """Writes the parameters that a finished stage leaves to the next one."""
+def save_params(folder: epath.Path, params: Params) -> None:
+  """Writes parameters that a finished stage leaves to later ones."""
   with ocp.StandardCheckpointer() as saver:
-    saver.save(folder.absolute(), policy, force=True)
+    saver.save(folder.absolute(), params, force=True)
 
 
-def load_policy(folder: epath.Path, shardings: Params, specs: Params) -> Params:
-  """Returns a policy as `save_policy` wrote it, placed by `shardings`."""
+def load_params(folder: epath.Path, shardings: Params, specs: Params) -> Params:
+  """Returns parameters as `save_params` wrote them, placed by `shardings`."""
   abstract = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, np.float32, sharding=s), specs, shardings,
                           is_leaf=lambda x: hasattr(x, 'fan_in'))
   with ocp.StandardCheckpointer() as saver:

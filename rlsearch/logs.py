@@ -16,7 +16,7 @@ from tensorboardX import SummaryWriter
 import tqdm
 
 from rlsearch.rollout.score import Scored
-from rlsearch.types import ENDS, Episode, Forest, Outcome, WeightedSum
+from rlsearch.types import EMPTY, ENDS, OK, Episode, Forest, Outcome, WeightedSum
 
 
 class Writer(NamedTuple):
@@ -109,7 +109,7 @@ def rollout_metrics(forest: Forest, episodes: Sequence[Episode], scored: Scored,
   dropped = int(np.sum(~scored.scored[:len(episodes)]))
   if dropped > max_failed_share * n:
     kinds = {}
-    for outcome in outcomes.values():
+    for outcome in scored.outcomes.values():
       kinds[outcome.kind] = kinds.get(outcome.kind, 0) + 1
     raise RuntimeError(f'{dropped} of {len(episodes)} rows could not be scored (config.max_failed_share='
                        f'{max_failed_share}); calls ended as {kinds}.  Nothing of this step was trained on; mend the '
@@ -126,10 +126,14 @@ def rollout_metrics(forest: Forest, episodes: Sequence[Episode], scored: Scored,
       'rollout/invalid_actions': sum(t.action.kind == 'invalid' for t in turns) / n,
       'rollout/unstopped_turns': sum(not t.stopped for t in turns) / n,
       'cost/retrievals': sum(uid[-1] == 'action' for uid in outcomes),
-      'cost/judge_tokens': sum(o.cost for o in outcomes.values()),
+      'cost/judge_tokens': sum(o.cost for o in scored.outcomes.values()),
       'time/search': sum(o.seconds for o in outcomes.values())}
   for cause in ENDS:
     metrics[f'rollout/ended/{cause}'] = sum(e.ended == cause for e in episodes)
+  for uid, outcome in scored.outcomes.items():          # what failed, by what was asked
+    if outcome.kind not in (OK, EMPTY):
+      name = f'rollout/calls/{"search" if uid[-1] == "action" else uid[-1]}/{outcome.kind}'
+      metrics[name] = metrics.get(name, 0) + 1
   for name in scored.values:
     ok = scored.scored & np.any(scored.given[name], axis=1)
     metrics[f'reward/{name}'] = float(np.sum(scored.values[name][ok])) / max(1, int(np.sum(ok)))

@@ -48,6 +48,14 @@ def spread(per_turn: jax.Array, traj: Trajectories) -> jax.Array:
   return jnp.where(traj.loss_weight > 0, jnp.take_along_axis(per_turn, idx, axis=1), 0.0)
 
 
+def turn_final(traj: Trajectories) -> jax.Array:
+  """Returns bool[B, T]: the last trained token of every turn that has one."""
+  trained = traj.loss_weight > 0
+  following = jnp.pad(trained[:, 1:], ((0, 0), (0, 1)))
+  same_turn = traj.turn_index == jnp.pad(traj.turn_index[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+  return trained & ~(following & same_turn)
+
+
 def token_sum(values: jax.Array, weight: jax.Array) -> WeightedSum:
   """Returns Σ w v over all tokens, and Σ w: every token counts alike (DAPO's token mean)."""
   return WeightedSum(jnp.sum(jnp.where(weight > 0, values * weight, 0.0)), jnp.sum(weight))
@@ -63,4 +71,38 @@ def sequence_sum(values: jax.Array, weight: jax.Array) -> WeightedSum:
   return WeightedSum(jnp.sum(mean), jnp.sum((row > 0).astype(mean.dtype)))
 
 
-REDUCTIONS = {'token': token_sum, 'sequence': sequence_sum}
+def turn_means(values: jax.Array, traj: Trajectories) -> tuple[jax.Array, jax.Array]:
+  """Returns the weighted mean of each turn's trained tokens, f32[B, K], and where a turn has any, bool[B, K]."""
+  weight = traj.loss_weight
+  own = traj.turn_index[:, :, None] == jnp.arange(traj.turn_valid.shape[1])               # [B, T, K]
+  total = jnp.einsum('BT,BTK->BK', jnp.where(weight > 0, values * weight, 0.0), own.astype(values.dtype))
+  count = jnp.einsum('BT,BTK->BK', weight, own.astype(values.dtype))
+  return total / jnp.where(count > 0, count, 1.0), count > 0
+
+
+def step_sum(values: jax.Array, traj: Trajectories) -> WeightedSum:
+  """Returns Σ_steps (1/k) Σ_candidates of the candidates' token means, and the number of questions.
+
+  The mean of the result is SLATE's (1/Q) Σ_q Σ_t (1/k) Σ_j J_t^(j) (Samarinas et al. 2026, Eq. 7, as its released
+  helper states it).  A step is what was sampled from one prefix.  Each candidate carries 1 / (k · steps of its
+  question) of a question, so sums over blocks of rows add up.
+  """
+  mean, there = turn_means(values, traj)
+  share = there / jnp.maximum(traj.siblings, 1.0)
+  return WeightedSum(jnp.sum(mean * share), jnp.sum(share / jnp.maximum(traj.steps[:, None], 1.0)))
+
+
+def step_mean(values: jax.Array, traj: Trajectories) -> WeightedSum:
+  """As step_sum, but a question's steps are averaged, not summed (what the released helper computes)."""
+  mean, there = turn_means(values, traj)
+  share = there / jnp.maximum(traj.siblings, 1.0) / jnp.maximum(traj.steps[:, None], 1.0)
+  return WeightedSum(jnp.sum(mean * share), jnp.sum(share))
+
+
+# How an objective averages over trained tokens: (values f32[B, T], rows) -> WeightedSum.
+REDUCTIONS = {
+    'token': lambda values, traj: token_sum(values, traj.loss_weight),
+    'sequence': lambda values, traj: sequence_sum(values, traj.loss_weight),
+    'step_sum': step_sum,
+    'step_mean': step_mean,
+}

@@ -77,7 +77,9 @@ def build(config: Mapping[str, Any], groups: tuple[str, ...]) -> Method:
                 schedules.make(config['schedule'], groups, tuple(terms), step_fn))
 
 
-GROUP_BASELINES = ('group_relative',)
+GROUP_BASELINES = ('group_relative', 'leave_one_out')
+NEED_CRITIC = {'credit': ('gae',), 'objective': ('actor_critic',)}
+PREFIX_PLANS = ('shared_prefix',)                # several rows hold the same turn
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -106,6 +108,7 @@ def check(config: Mapping[str, Any]) -> None:
       raise ValueError(f'config.sampling.scored_by: {name!r} is no reward term; known: {sorted(config["rewards"])}')
   if credit_entry.get('name') in GROUP_BASELINES and not config['rewards']:
     raise ValueError('config.rewards={}: the credit function compares rewards; wants at least one term')
+  _check_models(config)
   if config['updates']['drop_zero_credit'] and (kl != 0 or config['schedule'].get('entropy_coef', 0) != 0):
     raise ValueError('config.updates.drop_zero_credit=True: a row without advantage still has a gradient when '
                      f'config.schedule.kl_coef={kl!r} or entropy_coef={config["schedule"].get("entropy_coef")!r} is not 0')
@@ -119,3 +122,22 @@ def check(config: Mapping[str, Any]) -> None:
       raise ValueError(f'config.train_roles.{role}={weight!r}: wants a weight of 0 or more')
   if config['sampling'].get('name') != 'demonstrations' and 'policy' not in config['train_roles']:
     raise ValueError(f'config.train_roles={dict(config["train_roles"])}: a sampled method trains the role policy')
+
+
+def _check_models(config: Mapping[str, Any]) -> None:
+  """The rules between what credit and objective read and what the model has."""
+  model, credit_entry = config['model'], config['credit']
+  for slot, names in NEED_CRITIC.items():
+    if config[slot].get('name') in names and model['critic'] == 'none':
+      raise ValueError(f'config.{slot}.name={config[slot]["name"]!r}: wants a critic; config.model.critic=\'none\'')
+  if credit_entry.get('kl_coef', 0) != 0 and not model['reference']:
+    raise ValueError(f'config.credit.kl_coef={credit_entry["kl_coef"]!r}: a divergence wants a reference; '
+                     'config.model.reference=False')
+  if config['sampling'].get('name') in PREFIX_PLANS and credit_entry.get('name') in (*GROUP_BASELINES, 'gae'):
+    raise ValueError(f'config.credit.name={credit_entry["name"]!r}: sums over whole rows, but the rows of '
+                     f'config.sampling.name={config["sampling"]["name"]!r} share turns; wants prefix_relative')
+  fits = config['objective'].get('name') == 'turn_score', model['reward'] == 'trained', credit_entry.get('name') == 'turn_labels'
+  if any(fits) and not all(fits):
+    raise ValueError(f'config.model.reward={model["reward"]!r}, config.objective.name={config["objective"].get("name")!r}, '
+                     f'config.credit.name={credit_entry.get("name")!r}: a reward module is trained by reward=trained, '
+                     'objective turn_score and credit turn_labels together')

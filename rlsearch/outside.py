@@ -9,27 +9,37 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import logging
+import math
 import queue
+import threading
 import time
 
-from rlsearch.types import MALFORMED, OUTCOMES, TIMEOUT, Call, Outcome, Tools
+import numpy as np
+
+from rlsearch.data.tokenizer import Tokenizer
+from rlsearch.types import MALFORMED, OK, OUTCOMES, TIMEOUT, Call, Engine, Ids, Outcome, Tools
 
 Service = Callable[[Sequence[Call]], Sequence[Outcome]]
 
 
-def make(services: Mapping[str, Service], deadline_seconds: float, max_batch: int = 256) -> Tools:
+def make(services: Mapping[str, Service], deadline_seconds: float, max_batch: int = 256,
+         own: Mapping[str, Service] | None = None) -> Tools:
   """Returns tools over the services.
 
   Args:
     services: by a call's tool name.
     deadline_seconds: from submission to outcome, for every call.
     max_batch: calls given to a service at once.
+    own: services of this process's own devices, by tool.  They cannot be unreachable, the first of their calls
+      compiles, and they batch for themselves: neither the deadline nor max_batch holds for them.
 
   Raises:
     ValueError: from submit, a tool that no service has.
   """
   if deadline_seconds <= 0:
     raise ValueError(f'config.tools.deadline_seconds={deadline_seconds}: wants a positive number')
+  own = dict(own or {})
+  services = {**services, **own}
   # One each: a tool that hangs holds up its own calls alone, and a service need not be safe for threads.
   pools = {tool: ThreadPoolExecutor(max_workers=1, thread_name_prefix=f'tool-{tool}') for tool in services}
   ended: queue.SimpleQueue = queue.SimpleQueue()
@@ -55,10 +65,11 @@ def make(services: Mapping[str, Service], deadline_seconds: float, max_batch: in
         raise ValueError(f'tool {call.tool!r}: no service; known: {sorted(services)}')
       by_tool.setdefault(call.tool, []).append(call)
     for call in calls:
-      deadlines[call.uid] = time.monotonic() + deadline_seconds, call
+      deadlines[call.uid] = math.inf if call.tool in own else time.monotonic() + deadline_seconds, call
     for tool, group in by_tool.items():
-      for i in range(0, len(group), max_batch):
-        pools[tool].submit(run, tool, group[i:i + max_batch])
+      size = len(group) if tool in own else max_batch
+      for i in range(0, len(group), size):
+        pools[tool].submit(run, tool, group[i:i + size])
 
   def take(pairs):
     """What is still wanted: a call that has timed out is gone from the table, or another has its uid by now."""
@@ -88,8 +99,29 @@ def make(services: Mapping[str, Service], deadline_seconds: float, max_batch: in
         return found
       remaining = min(deadline for deadline, _ in deadlines.values()) - time.monotonic()
       try:
-        found += take(ended.get(timeout=max(remaining, 0.001)))
+        found += take(ended.get(timeout=min(max(remaining, 0.001), threading.TIMEOUT_MAX)))
       except queue.Empty:
         continue
 
   return Tools(submit, poll)
+
+
+def logprob_service(engine: Engine, tok: Tokenizer) -> Service:
+  """Returns the tool 'logprob': the sampling policy's mean log-probability of a text behind a path.
+
+  A call's args are `context_ids` (the path), `bridge` (text put behind it, of this project or its config, which may
+  spell control tokens) and `target` (text to score).  Bridge and target are encoded by themselves, so no merge
+  crosses into what is scored.
+  """
+  def service(calls: Sequence[Call]) -> list[Outcome]:
+    prefixes = [np.concatenate([c.args['context_ids'], tok.encode_template(c.args['bridge'])]) for c in calls]
+    values = engine.logprob(prefixes, [tok.encode(c.args['target']) for c in calls])
+    return [Outcome(OK if np.isfinite(v) else MALFORMED, float(v)) for v in values]
+  return service
+
+
+def score_service(score: Callable[[Sequence[Ids]], np.ndarray]) -> Service:
+  """Returns the tool 'reward_module': a trained module's score of a path; a call's args are its `context_ids`."""
+  def service(calls: Sequence[Call]) -> list[Outcome]:
+    return [Outcome(OK if np.isfinite(v) else MALFORMED, float(v)) for v in score([c.args['context_ids'] for c in calls])]
+  return service

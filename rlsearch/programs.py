@@ -42,7 +42,7 @@ def make_programs(model: Model, method: Method, tx: Mapping[str, optim.Group], s
   needs_forward = options.old_logp == 'trainer' or model.reference is not None or model.critic is not None
   adapted = 'base' in model.frozen
   policy = (jax.jit(lambda s: model.policy(s.trainable, s.frozen)) if adapted
-            else lambda s: s.trainable['policy'])
+            else lambda s: model.policy(s.trainable, s.frozen))
   # On several CPU devices, programs with collectives that pile up can starve one another of threads until XLA
   # aborts the process; one at a time they cannot.
   several_cpus = mesh.devices.size > 1 and mesh.devices.flat[0].platform == 'cpu'

@@ -25,6 +25,14 @@ def warmup_constant(*, peak: float, warmup_steps: int) -> StepFn:
   return lambda step: float(peak) * (min(1.0, step / warmup_steps) if warmup_steps else 1.0)
 
 
+def delayed_linear(*, delay_steps: int, start: float, stop: float, steps: int) -> StepFn:
+  """Returns 0 for delay_steps, then start + (stop - start) · min(1, step / steps), step counted from the beginning.
+
+  A policy's rate that waits for its critic (critic warm-up).  The optimizer's moments gather all the same.
+  """
+  return lambda step: 0.0 if step < delay_steps else start + (stop - start) * min(1.0, step / max(1, steps))
+
+
 def warmup_cosine(*, peak: float, warmup_steps: int, steps: int, final: float) -> StepFn:
   """Returns a linear rise to `peak` over warmup_steps, then half a cosine down to `final` at `steps`.
 
@@ -42,7 +50,7 @@ def linear(*, start: float, stop: float, steps: int) -> StepFn:
   return lambda step: start + (stop - start) * min(1.0, step / max(1, steps))
 
 
-__all__ = ['constant', 'warmup_constant', 'warmup_cosine', 'linear']
+__all__ = ['constant', 'delayed_linear', 'warmup_constant', 'warmup_cosine', 'linear']
 
 # Scalars that objectives read.  A method states each of them; none has a default that could change a gradient.
 REQUIRED = ('lr', 'kl_coef', 'entropy_coef', 'temperature')

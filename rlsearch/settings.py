@@ -4,18 +4,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from etils import epath
 from jax.sharding import Mesh
 
-from rlsearch import method as method_lib, optim, outside, parallel
-from rlsearch.data import tokenizer as tokenizer_lib
-from rlsearch.data.tokenizer import Tokenizer
-from rlsearch.envs import environments, retrieval
-from rlsearch.envs.environments import Environment
+from rlsearch import method as method_lib, optim, parallel, services
 from rlsearch.evaluate import MODES, Evals
+from rlsearch.envs import environments
 from rlsearch.models import model as models
 from rlsearch.models.model import Model
-from rlsearch.protocols.search_r1 import TAGS
 from rlsearch.rollout import pack as pack_lib
 from rlsearch.rollout.pack import Bucket
 from rlsearch.rollout.render import Length
@@ -23,12 +18,12 @@ from rlsearch.rollout.render import Length
 # Sections of a stage's config, each read by the code named behind it.
 SECTIONS = {
     'seed': 'train', 'steps': 'train', 'mesh': 'parallel.make_mesh', 'model': 'models.model.get', 'data': 'train',
-    'retriever': 'settings.retriever', 'tools': 'outside.make', 'engine': 'engines', 'length': 'settings.lengths',
+    'retriever': 'services.retriever', 'judge': 'services.judge', 'reward_module': 'settings.RewardModule', 'tools': 'outside.make', 'engine': 'engines', 'length': 'settings.lengths',
     'protocol': 'protocols', 'sampling': 'sampling', 'rewards': 'rewards', 'combine': 'rewards.combine',
     'credit': 'credit', 'objective': 'objectives', 'schedule': 'schedules', 'optimizer': 'optim',
     'updates': 'settings.Update', 'train_roles': 'rollout.pack', 'evals': 'evaluate.Evals',
     'checkpoint': 'settings.Checkpoint', 'tensorboard': 'train', 'max_failed_share': 'train'}
-MODEL_ENTRIES = ('variant', 'shape', 'tokenizer', 'init', 'lora', 'critic', 'reference')
+MODEL_ENTRIES = ('variant', 'shape', 'tokenizer', 'init', 'lora', 'critic', 'reference', 'reward')
 
 
 class Update(NamedTuple):
@@ -55,10 +50,9 @@ class Checkpoint(NamedTuple):
   keep: int
 
 
-class Shared(NamedTuple):
-  """What the stages of a run have in common."""
-  tok: Tokenizer
-  services: Mapping[str, outside.Service]
+class RewardModule(NamedTuple):
+  """config.reward_module: the earlier stage that trained it; '' for none."""
+  stage: str
 
 
 def section(path: str, kind: type, entries: Mapping[str, Any]) -> Any:
@@ -77,7 +71,7 @@ def section(path: str, kind: type, entries: Mapping[str, Any]) -> Any:
 
 
 # Slots and the like: a stage that says one of them says it whole.  Of the other sections it says what differs.
-WHOLE = ('protocol', 'sampling', 'rewards', 'combine', 'credit', 'objective', 'schedule', 'optimizer', 'train_roles')
+WHOLE = ('protocol', 'sampling', 'rewards', 'combine', 'credit', 'objective', 'schedule', 'optimizer', 'train_roles', 'lora')
 
 
 def lay(over: Mapping[str, Any], config: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -118,10 +112,33 @@ def stages(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
       check(stage)
       model = models.get(stage['model'], 1)       # what only a factory knows fails here too, not some stages later
       optimizers(stage, model)
-      method_lib.build(stage, tuple(model.trainable))
+      check_tools(stage, method_lib.build(stage, tuple(model.trainable)), found)
     except ValueError as error:
       raise ValueError(f'stage {name!r}: {error}') from error
   return found
+
+
+def check_tools(stage: Mapping[str, Any], method: method_lib.Method, known: Mapping[str, Mapping[str, Any]]) -> None:
+  """Raises ValueError for a reward term that asks what the config does not provide.
+
+  Args:
+    stage: its config.
+    method: its six functions.
+    known: configs of the stages by name; one of them trains the reward module, if there is one.
+  """
+  section('reward_module', RewardModule, stage['reward_module'])
+  source = stage['reward_module']['stage']
+  if source and known.get(source, {}).get('model', {}).get('reward') != 'trained':
+    raise ValueError(f'config.reward_module.stage={source!r}: wants a stage with config.model.reward=trained; the stages '
+                     f'are {sorted(known)}')
+  services.judge(stage['judge'], stage['seed'])
+  missing = {'judge': 'none' == stage['judge'].get('name') and "config.judge.name='none'",
+             'reward_module': not source and "config.reward_module.stage=''"}
+  for name, term in method.rewards.items():
+    for tool in term.tools:
+      if missing.get(tool):
+        raise ValueError(f'config.rewards.{name}.name={stage["rewards"][name]["name"]!r}: asks the tool {tool!r}, but '
+                         f'{missing[tool]}')
 
 
 def _check_shared(name: str, stage: Mapping[str, Any], method: Mapping[str, Any]) -> None:
@@ -130,6 +147,7 @@ def _check_shared(name: str, stage: Mapping[str, Any], method: Mapping[str, Any]
   for path, found, wanted in (
       ('data.source', without(stage['data']['source'], 'demonstrations'), without(method['data']['source'], 'demonstrations')),
       ('retriever', without(stage['retriever'], 'topk'), without(method['retriever'], 'topk')),
+      ('judge', stage['judge'], method['judge']),
       ('model.tokenizer', stage['model']['tokenizer'], method['model']['tokenizer'])):
     if plain(found) != plain(wanted):
       raise ValueError(f'config.stages.{name}.{path}: {differences(wanted, found, path)[0]}; stages share what they '
@@ -212,18 +230,6 @@ def lengths(config: Mapping[str, Any], mesh: Mesh) -> tuple[Length, tuple[Bucket
   return length, buckets
 
 
-def environment(config: Mapping[str, Any]) -> Environment:
-  """Returns the questions and passages of a stage; a source with seed -1 takes the run's."""
-  source = dict(config['data']['source'])
-  if source.get('seed') == -1:
-    source['seed'] = config['seed']
-  if source.get('demonstrations'):
-    seen = {'topk': config['retriever']['topk'], 'title_weight': config['retriever'].get('title_weight', 1),
-            'max_searches': config['protocol'].get('max_searches', 3)}
-    source['demonstrations'] = {**source['demonstrations'], **seen}        # the expert reads what the policy will
-  return method_lib.resolve('data.source', environments, source)
-
-
 def optimizers(config: Mapping[str, Any], model: Model) -> dict[str, optim.Group]:
   """Returns one optimizer per trainable group; an entry without groups serves all of them.
 
@@ -236,50 +242,6 @@ def optimizers(config: Mapping[str, Any], model: Model) -> dict[str, optim.Group
     raise ValueError(f'config.optimizer: groups {sorted(entries)}; the trainable groups are {sorted(model.trainable)}')
   return {group: method_lib.resolve(f'optimizer.{group}', optim, entries[group], specs)
           for group, specs in model.trainable.items()}
-
-
-def retriever(entry: Mapping[str, Any], env: Environment) -> outside.Service:
-  """Returns the search service: BM25 over the environment's passages in process, or a server.
-
-  Raises:
-    ValueError: an unknown name or entry.
-  """
-  options = {k: v for k, v in entry.items() if k not in ('name', 'topk')}
-  if entry.get('name') == 'bm25':
-    return retrieval.search_service(method_lib.call('retriever (bm25)', retrieval.bm25, options, env.passages))
-  if entry.get('name') == 'http':
-    url = options.pop('url', None)
-    if not url:
-      raise ValueError('config.retriever.url: missing; wants the address of a retrieval server')
-    return method_lib.call('retriever (http)', retrieval.http_search, options, url)
-  raise ValueError(f'config.retriever.name={entry.get("name")!r}; known: bm25, http')
-
-
-def tokenizer(entry: Mapping[str, Any], env: Environment, workdir: epath.Path) -> Tokenizer:
-  """Returns the tokenizer: read from a path, or trained on the environment's text and kept in the workdir.
-
-  Raises:
-    ValueError: an unknown entry, or a broken file.
-  """
-  if set(entry) == {'path'}:
-    return tokenizer_lib.load(entry['path'])
-  if set(entry) != {'vocab_size'}:
-    raise ValueError(f'config.model.tokenizer={dict(entry)}: wants path (a tokenizer.json or *.model) or vocab_size '
-                     '(train one on the corpus)')
-  path = workdir / 'tokenizer.model'
-  if path.exists():
-    return tokenizer_lib.load(str(path))
-  workdir.mkdir(parents=True, exist_ok=True)
-  symbols = [f'<{slash}{tag}>' for tag in TAGS for slash in ('', '/')] + ['\n']
-  part = path.parent / (path.name + '.part.model')                # a kill while it is written leaves no broken one
-  tok = tokenizer_lib.train_sentencepiece(env.text(), vocab_size=entry['vocab_size'], symbols=symbols, path=str(part))
-  part.replace(path)
-  return tok
-
-
-def shared(config: Mapping[str, Any], env: Environment, workdir: epath.Path) -> Shared:
-  """Returns what the stages of a run have in common, made from the first stage's config."""
-  return Shared(tokenizer(config['model']['tokenizer'], env, workdir), {'search': retriever(config['retriever'], env)})
 
 
 def plain(config: Any) -> Any:

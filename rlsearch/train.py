@@ -17,14 +17,15 @@ from ml_collections import config_flags
 import numpy as np
 
 from rlsearch import (checkpoint, engines, evaluate as evaluate_lib, logs, method as method_lib, outside, parallel,
-                      runs, settings, update)
+                      runs, services, settings, update)
 from rlsearch.checkpoint import Run
 from rlsearch.evaluate import Evals
 from rlsearch.models import model as models, params as params_lib
 from rlsearch.programs import assert_one_trace_a_bucket, make_programs, update_step
 from rlsearch.rollout import grow as grow_lib, pack as pack_lib, render as render_lib, score as score_lib
+from rlsearch.rollout import trees as trees_lib
 from rlsearch.sampling import forest as forest_lib
-from rlsearch.settings import Shared
+from rlsearch.services import Shared
 
 Stop = Callable[[], bool]
 
@@ -64,7 +65,7 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
 
   saved   = checkpoint.open_folder(folder / 'checkpoints', config['checkpoint']['keep'])
   trunk   = params_lib.transformer_specs(model.config)
-  policy  = None if start_from is None else checkpoint.load_policy(start_from, params_lib.shardings(trunk, mesh), trunk)
+  policy  = None if start_from is None else checkpoint.load_params(start_from, params_lib.shardings(trunk, mesh), trunk)
   run     = Run(update.init(model, tx, seed, shard, policy), method.schedule.init(), 0)
   run     = run if saved.latest() is None else saved.restore(run)
   first   = int(run.state.step)
@@ -73,9 +74,10 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
 
   sampler = parallel.make_mesh({'data': -1}, jax.local_devices())
   engine  = method_lib.resolve('engine', engines, config['engine'], model, shared.tok, method.protocol.stops, sampler)
-  tools   = outside.make(shared.services, config['tools']['deadline_seconds'])
+  own     = services.own(config, engine, shared.tok, model.config, folder.parent, sampler)
+  tools   = outside.make(shared.services, config['tools']['deadline_seconds'], own=own)
   render  = render_lib.Render(method.protocol, shared.tok, length, config['retriever']['topk'])
-  env     = settings.environment(config)
+  env     = services.environment(config)
   render_lib.check_prompts(render, env.train, env.splits)
   grow    = grow_lib.make_grow(method.sampling, method.rewards, env.train, render, engine, tools)
   evals   = settings.section('evals', Evals, config['evals'])
@@ -119,7 +121,9 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
       state, advantage, sums = update_step(program, run.state, packed, rewards, buckets, hypers, (seed, step))
 
     run = Run(state.replace(step=state.step + 1), run.memory, parallel.largest((grown.cursor.position - jax.process_index(),))[0])
-    summary = {**metrics, **sums, **{f'cost/{k}': v for k, v in engine.counts().items()},
+    used = np.any(advantage[:len(rows)] != 0, axis=1) | (not program.options.drop_zero_credit)
+    summary = {**metrics, **sums, 'cost/distinct_tokens': pack_lib.distinct_tokens(grown.forest, rows, used),
+               'cost/update_tokens': int(packed.lengths[:len(rows)][used].sum()), **{f'cost/{k}': v for k, v in engine.counts().items()},
                **{f'cost/eval_{k}': v for k, v in held_out.items()},
                **{f'hyper/{k}': v for k, v in hypers.items()}, 'rollout/forest_tokens': int(packed.lengths.sum())}
     run = run._replace(memory=method.schedule.update(run.memory, summary))
@@ -127,6 +131,8 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
     if evals.episodes and evaluate_lib.due(step, evals.every):
       writer.episodes(f'train-episodes-{step}.json', evaluate_lib.training_episodes(
           shared.tok, step, episodes, scored, packed, advantage, evals.episodes))
+      writer.episodes(f'trees-{step}.json', trees_lib.record(
+          method.sampling, grown.forest, rows, (seed, step), scored, packed, advantage, evals.episodes))
     # The line first: a kill between the two leaves a line too many, which a resumed run drops, never one too few.
     writer.step(step, logs.apart({**summary, **clock.take()}))
     with clock.part('checkpoint'):                            # its seconds are in the next step's line
@@ -143,7 +149,9 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
     evaluate(config['steps'], stop)
     finished = not parallel.any_host(stop())                  # else the evaluation may be cut short
   if finished:
-    checkpoint.save_policy(folder / f'policy-{config["steps"]}', program.policy(run.state))
+    for group in model.leaves:
+      checkpoint.save_params(folder / f'{group}-{config["steps"]}', run.state.trainable[group])
+    checkpoint.save_params(folder / f'policy-{config["steps"]}', program.policy(run.state))   # last: says that all is there
   else:
     bar.say(f'{name}: stopped; saved step {int(run.state.step)} of {config["steps"]} in {folder}.  '
             'The same command continues.')
@@ -163,7 +171,7 @@ def run_stages(config: Any, workdir: epath.Path, overwrite: bool) -> bool:
   release = checkpoint.lock(workdir)
   stop = runs.stop_on_signals(lambda text: print(text, flush=True))
   runs.claim(workdir, {'name': names[-1], 'stages': stages}, overwrite)
-  shared = settings.shared(stages[names[0]], settings.environment(stages[names[0]]), workdir)
+  shared = services.shared(stages[names[0]], services.environment(stages[names[0]]), workdir)
   start_from, ran = None, False
   for name in names:
     folder = workdir / name

@@ -67,6 +67,7 @@ class Action(NamedTuple):
   """What a turn asked for."""
   kind: str                            # a tool's name ('search', 'read', ...), 'answer' or 'invalid'
   content: tuple[str, ...]             # several queries are several entries
+  thought: str = ''                    # what the turn says before it acts
 
 
 class Outcome(NamedTuple):
@@ -84,6 +85,7 @@ class Turn(NamedTuple):
   policy_version: int
   text: str                            # a view of the ids, never a source
   stopped: bool = True                 # it ended by a stop string or the end token, not by its token budget
+  forced: bool = False                 # its plan chose how it begins, or all of it
   action: Action | None = None         # what follows is filled by grow, not by the engine
   outcome: Outcome | None = None       # how the action's call ended; None while it has not run
   passages: tuple[Passage, ...] = ()
@@ -168,7 +170,7 @@ class Engine(NamedTuple):
   release: Callable[[Sequence[Key]], None]                     # nothing will continue these nodes
   set_params: Callable[[Params, int], None]                    # new policy version; older cache becomes unreachable
   logprob: Callable[[Sequence[Ids], Sequence[Ids]], np.ndarray]  # mean log p(target | prefix), f32[n]
-  counts: Callable[[], Mapping[str, int]]                      # tokens generated, prefilled, padded since the last call
+  counts: Callable[[], Mapping[str, int]]                      # tokens generated, prefilled, padded, scored since then
 
 
 ## Device side: pytrees with static shapes.
@@ -187,6 +189,8 @@ class Trajectories:
   node_id: jax.Array         # i32[B, K]   equal for the same turn seen in several rows
   group_id: jax.Array        # i32[B]      equal for rows sampled from one prompt: the group of GRPO
   prefix_id: jax.Array       # i32[B, K]   equal for turns that were sampled from the same prefix
+  siblings: jax.Array        # f32[B, K]   trained turns of the step that were sampled from this turn's prefix
+  steps: jax.Array           # f32[B]      prefixes from which trained turns of the row's group were sampled
 
   @property
   def row_valid(self) -> jax.Array:    # bool[B]; padding rows are False everywhere
@@ -220,6 +224,7 @@ class PolicyOutputs:
   logp: jax.Array       # f32[B, T]
   entropy: jax.Array    # f32[B, T]
   value: jax.Array      # f32[B, T]
+  score: jax.Array      # f32[B, T]  reward module read at each token; 0 where a model has none
 
 
 @flax.struct.dataclass
@@ -271,12 +276,15 @@ class SamplingPlan(NamedTuple):
   refill: Callable[[Forest], int]                              # fresh questions wanted once every tree stands still
   rows: Callable[[Forest], tuple[Row, ...]]
   scored_by: tuple[str, ...] = ()                              # reward terms behind scored=True
+  drawn: Callable[[Tree, Key], Mapping[int, tuple[float, bool]]] = lambda tree, key: {}
+         # for the record: by candidate its probability to go on, and whether it did
 
 
 class RewardTerm(NamedTuple):
   """Slot 3: one number per turn, or nothing.  Pure: the loop asks, not the term."""
   calls: Callable[[Episode], tuple[Call, ...]]
   score: Callable[[Sequence[Episode], Mapping[tuple, Outcome]], Sequence[Sequence[float | None] | None]]
+  tools: tuple[str, ...] = ()          # that its calls need
 
 
 CombineFn = Callable[[Trajectories, Rewards], jax.Array]       # slot 3b, jitted: f32[B, K]

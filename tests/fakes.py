@@ -152,7 +152,20 @@ def trajectories(rng: np.random.Generator, B: int = 8, T: int = 12, K: int = 3, 
   a['group_id'] = np.repeat([50, 70, 90], [3, 4, 1]).astype(np.int32)[:B]
   a['node_id'] = np.arange(B * K, dtype=np.int32).reshape(B, K)
   a['prefix_id'] = np.concatenate([a['group_id'][:, None], a['node_id'][:, :-1]], axis=1)
+  a['siblings'], a['steps'] = counted(a['turn_trained'], a['prefix_id'], a['group_id'])
   return Trajectories(**a)
+
+
+def counted(trained, prefix, group):
+  """Returns siblings f32[B, K] and steps f32[B], counted one by one."""
+  B, K = trained.shape
+  there = [(b, k) for b in range(B) for k in range(K) if trained[b, k]]
+  siblings, steps = np.zeros((B, K), np.float32), np.zeros(B, np.float32)
+  for b, k in there:
+    siblings[b, k] = sum(prefix[i] == prefix[b, k] for i in there)
+  for b in {b for b, _ in there}:
+    steps[b] = len({int(prefix[i]) for i in there if group[i[0]] == group[b]})
+  return siblings, steps
 
 
 def with_rows(tree, extra: int):
@@ -188,12 +201,13 @@ def one_turn_rows(weight) -> Trajectories:
       tokens=ones.astype(np.int32), valid=ones, role=np.full((B, T), POLICY, np.int8), loss_weight=weight,
       turn_index=np.zeros((B, T), np.int32), behaviour_logp=np.zeros((B, T), np.float32), turn_valid=ones[:, :1],
       turn_trained=ones[:, :1], node_id=np.arange(B, dtype=np.int32)[:, None], group_id=np.arange(B, dtype=np.int32),
-      prefix_id=np.zeros((B, 1), np.int32))
+      prefix_id=np.zeros((B, 1), np.int32), siblings=np.full((B, 1), B, np.float32), steps=np.ones(B, np.float32))
 
 
 def outputs(logp, entropy=None) -> PolicyOutputs:
   logp = jnp.asarray(logp)
-  return PolicyOutputs(logp, jnp.zeros_like(logp) if entropy is None else jnp.asarray(entropy), jnp.zeros_like(logp))
+  return PolicyOutputs(logp, jnp.zeros_like(logp) if entropy is None else jnp.asarray(entropy), jnp.zeros_like(logp),
+                       jnp.zeros_like(logp))
 
 
 def credit(advantage) -> Credit:

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
-from rlsearch import checkpoint, engines, outside, report, settings, train
+from rlsearch import checkpoint, engines, outside, report, services, settings, train
 from rlsearch.types import ENDS, OK, POLICY, TIMEOUT, Engine, Outcome, Turn
 import small_run
 from small_config import get_config
@@ -33,7 +33,7 @@ def number(*coordinates) -> int:
 
 def scripted(config):
   """Returns a stand-in for engines.simple: a search, then an answer that is right for some coordinates."""
-  env = settings.environment(config)
+  env = services.environment(config)
 
   def simple(model, tok, stops, mesh, *, rows, contexts, max_new_tokens):
     del model, stops, mesh, rows, contexts
@@ -62,7 +62,7 @@ def run_rl(workdir, entries, service=lambda search: search, steps=2):
   """Runs the RL stage alone with the scripted sampler; returns what each step's update was given and gave."""
   config = small_run.claimed(small_run.changed(QUIET | {'engine.max_new_tokens': 24, 'length.turn': 24, **entries}))['stages'][RL]
   config['steps'] = steps
-  shared = settings.shared(config, settings.environment(config), epath.Path(workdir))
+  shared = services.shared(config, services.environment(config), epath.Path(workdir))
   shared = shared._replace(services={'search': service(shared.services['search'])})
   seen = []
   def spy(program, state, packed, rewards, *rest):

@@ -33,7 +33,7 @@ def main(workdir: str, out: str, fsdp: str, num: str, own: str = '0', port: str 
     jax.config.update('jax_cpu_collectives_implementation', 'gloo')
     jax.distributed.initialize(f'127.0.0.1:{port}', int(num), int(own))
   from etils import epath
-  from rlsearch import rewards, settings, train
+  from rlsearch import rewards, services, settings, train
   rewards.exact_match = parity
   seen, update_step = [], train.update_step
 
@@ -48,7 +48,7 @@ def main(workdir: str, out: str, fsdp: str, num: str, own: str = '0', port: str 
 
   train.update_step = spy
   stage, folder = config(fsdp == 'fsdp'), epath.Path(workdir)
-  shared = settings.shared(stage, settings.environment(stage), folder / f'shared-{own}')
+  shared = services.shared(stage, services.environment(stage), folder / f'shared-{own}')
   ended = train.train(stage, 'rl', folder / 'rl', None, shared, lambda: False)
   assert ended.finished
   found = {}

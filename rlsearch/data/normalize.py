@@ -10,6 +10,7 @@ import string
 from collections.abc import Sequence
 
 _DROP_PUNCTUATION = str.maketrans('', '', string.punctuation)
+_BLANK_PUNCTUATION = str.maketrans({c: ' ' for c in string.punctuation})
 _ARTICLE = re.compile(r'\b(?:a|an|the)\b')
 
 
@@ -67,6 +68,21 @@ def token_f1(prediction: str, golds: str | Sequence[str]) -> float:
     if common:
       best = max(best, 2 * common / (predicted.total() + wanted.total()))
   return round(best, 4)
+
+
+def set_f1(prediction: str, golds: str | Sequence[str]) -> float:
+  """Returns the best F1 between the sets of words of prediction and gold answer, articles kept, punctuation blank.
+
+  As token_f1, but a word counts once and hyphens separate: the reward of IGPO's released code (Wang et al. 2025,
+  https://arxiv.org/abs/2510.14967).  0 where none is common.
+  """
+  words = lambda text: set(text.lower().translate(_BLANK_PUNCTUATION).split())
+  predicted, best = words(prediction), 0.
+  for gold in _aliases(golds):
+    wanted = words(gold)
+    common = len(predicted & wanted)
+    best = max(best, 2 * common / (len(predicted) + len(wanted)) if common else 0.)
+  return best
 
 
 def usable_answers(answers: str | Sequence[str]) -> tuple[str, ...]:

@@ -11,7 +11,8 @@ import numpy as np
 from rlsearch import parallel
 from rlsearch.data import stops as stops_lib
 from rlsearch.data.tokenizer import Tokenizer
-from rlsearch.models import decode, heads, transformer
+from rlsearch.engines import scoring
+from rlsearch.models import decode
 from rlsearch.models.model import Model
 from rlsearch.types import FORCED, POLICY, Engine, Ids, Request, Turn
 
@@ -22,13 +23,6 @@ def row_key(uid: tuple[int, ...]) -> np.ndarray:
   The length goes in as well, because NumPy gives (1,) and (1, 0) one sequence.
   """
   return np.random.SeedSequence((len(uid), *uid)).generate_state(2, np.uint32)
-
-
-def _bucket(length: int, buckets: Sequence[int]) -> int:
-  for size in buckets:
-    if length <= size:
-      return size
-  raise ValueError(f'a context of {length} tokens: the largest of config.engine.contexts={list(buckets)} is smaller')
 
 
 def simple(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *, rows: int, contexts: Sequence[int],
@@ -60,16 +54,16 @@ def simple(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *, ro
   body = partial(decode.sample_turn, model.config, max_new_tokens, tok.vocab_size, tok.eos_id)
   sample = jax.jit(jax.shard_map(
       body, mesh=mesh, in_specs=(P(), axes, axes, axes, axes, axes, P()), out_specs=axes, check_vma=False))
-  score = jax.jit(partial(_mean_logp, model))
+  read = scoring.reader(scoring.mean_logp(model.config), mesh, rows, contexts)
   waiting: list[Request] = []
   state = {'params': None, 'version': -1}
-  counts = {'generated_tokens': 0, 'prefilled_tokens': 0, 'padded_tokens': 0}
+  counts = {'generated_tokens': 0, 'prefilled_tokens': 0, 'padded_tokens': 0, 'scored_tokens': 0}
 
   def set_params(params, version):
     state['params'], state['version'] = params, version
 
   def launch(batch):
-    length = _bucket(max(len(r.context_ids) + len(r.forced_ids) for r in batch), contexts)
+    length = scoring.bucket(max(len(r.context_ids) + len(r.forced_ids) for r in batch), contexts)
     tokens, lengths = np.zeros((rows, length), np.int32), np.zeros(rows, np.int32)
     keys, temperature, limit = np.zeros((rows, 2), np.uint32), np.zeros(rows, np.float32), np.zeros(rows, np.int32)
     for i, r in enumerate(batch):
@@ -102,13 +96,9 @@ def simple(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *, ro
     return finished
 
   def logprob(prefixes: Sequence[Ids], targets: Sequence[Ids]) -> np.ndarray:
-    result = []
-    for prefix, target in zip(prefixes, targets, strict=True):
-      length = _bucket(len(prefix) + len(target), contexts)
-      tokens = np.zeros((1, length), np.int32)
-      tokens[0, :len(prefix) + len(target)] = np.concatenate([prefix, target])
-      result.append(score(state['params'], tokens, len(prefix), len(target)))
-    return np.asarray(jax.device_get(result), np.float32)
+    whole = [np.concatenate([prefix, target]) for prefix, target in zip(prefixes, targets, strict=True)]
+    counts['scored_tokens'] += sum(map(len, whole))
+    return read(state['params'], whole, [len(prefix) for prefix in prefixes])
 
   def take_counts():
     taken = dict(counts)
@@ -116,12 +106,3 @@ def simple(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *, ro
     return taken
 
   return Engine(waiting.extend, poll, lambda keys: None, set_params, logprob, take_counts)
-
-
-def _mean_logp(model: Model, params, tokens, start, count):
-  """Mean log p(tokens[start : start + count] | what is left of them), f32[]."""
-  positions = np.arange(tokens.shape[1])[None]
-  hidden = transformer.forward(model.config, params, tokens, positions, transformer.causal)
-  logp, _ = heads.token_stats(model.config, params, hidden, tokens)
-  inside = (positions >= start) & (positions < start + count)
-  return (logp * inside).sum() / count

@@ -7,6 +7,7 @@ import json
 import math
 import time
 import urllib.parse
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from rlsearch.types import MALFORMED, OK, REFUSED, TIMEOUT, Passage
@@ -38,6 +39,18 @@ def endpoint(url: str) -> Endpoint:
 
 def ask(to: Endpoint, body: bytes, seconds: float, count: int, k: int) -> tuple[str, Any, bool]:
   """(OK, hits of each of `count` queries, False) or (how it failed, why, whether to try again)."""
+  return request(to, body, seconds, lambda data: parse(data, count, k))
+
+
+def request(to: Endpoint, body: bytes, seconds: float, read: Callable[[bytes], Any]) -> tuple[str, Any, bool]:
+  """(OK, what `read` makes of the reply, False) or (how it failed, why, whether to try again).
+
+  Args:
+    to: where to post.
+    body: JSON.
+    seconds: of the whole attempt.
+    read: raises ValueError for a reply of the wrong form.
+  """
   try:
     status, data = _post(to, body, seconds)
   except OSError as e:                 # refused, reset, unreachable, timed out
@@ -50,7 +63,7 @@ def ask(to: Endpoint, body: bytes, seconds: float, count: int, k: int) -> tuple[
     kind = TIMEOUT if status in (429, 502, 503, 504) else MALFORMED
     return kind, f'HTTP {status}: {data[:200]!r}', status == 429 or status >= 500
   try:
-    return OK, parse(data, count, k), False
+    return OK, read(data), False
   except (ValueError, OverflowError, RecursionError) as e:
     return MALFORMED, f'{e}; found {data[:200]!r}', True
 

@@ -136,6 +136,11 @@ def value(head: Params, hidden: jax.Array) -> jax.Array:
   return jnp.pad(out[:, :-1], ((0, 0), (1, 0)))
 
 
+def scores(head: Params, hidden: jax.Array) -> jax.Array:
+  """Returns f32[B, T]: a score read at each token, itself included; `reward` is this at the last one."""
+  return jnp.einsum('BTD,D->BT', hidden.astype(jnp.float32), head['weight']) + head['bias']
+
+
 def reward(head: Params, hidden: jax.Array, valid: jax.Array) -> jax.Array:
   """Returns f32[B]: a score read at each row's last valid token."""
   last = jnp.maximum(jnp.sum(valid.astype(jnp.int32), axis=1) - 1, 0)

@@ -21,14 +21,15 @@ class Model(NamedTuple):
 
   Attributes:
     config: shapes.
-    trainable: tables of the groups that have an optimizer ('policy', 'value', 'value_trunk' ...).
-    frozen: tables of the groups that have none ('base' under LoRA, 'reference').
+    trainable: tables of the groups that have an optimizer: 'policy', 'value', or 'reward' alone.
+    frozen: tables of the groups that have none: 'base' under LoRA, 'reference', 'policy' beside a reward module.
     init: key -> (trainable, frozen).
     start: (trainable, frozen, policy) -> both with another policy, from which this stage starts.
     policy: (trainable, frozen) -> the policy's full parameters, adapters merged: what a sampler needs.
     outputs: (trainable, frozen, layout, temperature) -> PolicyOutputs.
     reference: (trainable, frozen, layout, temperature) -> log-probabilities of the reference; None without one.
     critic: (trainable, frozen, layout) -> values; None without one.
+    leaves: trainable groups that a later stage may read, as the stage leaves them.
   """
   config: ModelConfig
   trainable: Mapping[str, Specs]
@@ -39,6 +40,7 @@ class Model(NamedTuple):
   outputs: Callable[[Groups, Groups, Layout, Any], PolicyOutputs]
   reference: Callable[[Groups, Groups, Layout, Any], jax.Array] | None
   critic: Callable[[Groups, Groups, Layout], jax.Array] | None
+  leaves: tuple[str, ...] = ()
 
 
 def logical(layout: Layout, physical: jax.Array) -> jax.Array:
@@ -53,8 +55,8 @@ def hidden_states(config: ModelConfig, params: Params, layout: Layout) -> jax.Ar
 
 
 def make(config: ModelConfig, *, init: str = 'normal', lora_options: Mapping[str, Any] | None = None,
-         critic: str = 'none', reference: bool = False) -> Model:
-  """Returns the functions of a policy, and of a critic and a reference where asked for.
+         critic: str = 'none', reference: bool = False, reward: str = 'none') -> Model:
+  """Returns the functions of a policy, and of a critic, a reference and a reward module where asked for.
 
   Args:
     config: shapes.
@@ -62,13 +64,19 @@ def make(config: ModelConfig, *, init: str = 'normal', lora_options: Mapping[str
     lora_options: rank, alpha and targets; then 'policy' is the adapters, and the frozen base is the reference.
     critic: 'none', 'shared' (a head on the policy's trunk) or 'separate' (a trunk of its own).
     reference: keep a frozen copy of the initial policy (of the base under LoRA: no copy).
+    reward: 'trained' trains a reward module, a trunk with a scalar head, and the policy is frozen.
 
   Raises:
-    ValueError: an unknown choice.
+    ValueError: an unknown choice, or a reward module beside what trains a policy.
   """
-  for name, value, known in (('init', init, ('normal', 'copy_heads')), ('critic', critic, ('none', 'shared', 'separate'))):
+  for name, value, known in (('init', init, ('normal', 'copy_heads')), ('critic', critic, ('none', 'shared', 'separate')),
+                             ('reward', reward, ('none', 'trained'))):
     if value not in known:
       raise ValueError(f'config.model.{name}={value!r}; known: {list(known)}')
+  judges = reward == 'trained'
+  if judges and (lora_options or critic != 'none' or reference):
+    raise ValueError(f'config.model.reward={reward!r}: the policy is frozen, so it wants lora={{}}, critic=none and '
+                     f'reference=False; found {dict(lora_options or {})}, {critic}, {reference}')
   table = params_lib.transformer_specs(config)
   options = dict(lora_options or {})
   if options:
@@ -86,8 +94,12 @@ def make(config: ModelConfig, *, init: str = 'normal', lora_options: Mapping[str
     trainable['value'] = {'head': heads.scalar_head_specs(config)}
   if critic == 'separate':
     trainable['value'] = {**trainable['value'], 'trunk': table}
+  if judges:
+    trainable, frozen = {'reward': {'head': heads.scalar_head_specs(config), 'trunk': table}}, {'policy': table}
 
   def policy(train, froze):
+    if judges:
+      return froze['policy']
     return lora.merge(froze['base'], train['policy'], options['alpha'] / options['rank']) if options else train['policy']
 
   def initial(key):
@@ -103,10 +115,15 @@ def make(config: ModelConfig, *, init: str = 'normal', lora_options: Mapping[str
       train['value'] = params_lib.init(trainable['value'], jax.random.fold_in(key, 3))
     if critic == 'separate':
       train['value'] = {**train['value'], 'trunk': jax.tree.map(jnp.copy, first)}
+    if judges:
+      head = params_lib.init(trainable['reward']['head'], jax.random.fold_in(key, 4))
+      train, froze = {'reward': {'head': head, 'trunk': jax.tree.map(jnp.copy, first)}}, {'policy': first}
     return train, froze
 
   def start(train, froze, weights):
     copy = lambda: jax.tree.map(jnp.copy, weights)
+    if judges:
+      return {'reward': {**train['reward'], 'trunk': copy()}}, {'policy': copy()}
     if options:
       froze = {**froze, 'base': copy()}
     else:
@@ -124,8 +141,10 @@ def make(config: ModelConfig, *, init: str = 'normal', lora_options: Mapping[str
     weights = policy(train, froze)
     hidden = hidden_states(config, weights, layout)
     logp, entropy = heads.token_stats(config, weights, hidden, logical(layout, layout.tokens), temperature)
-    value = jnp.zeros_like(logp) if critic == 'none' else values(train, layout, hidden)
-    return PolicyOutputs(logp, entropy, value)
+    zero = jnp.zeros_like(logp)
+    value = zero if critic == 'none' else values(train, layout, hidden)
+    score = heads.scores(train['reward']['head'], hidden_states(config, train['reward']['trunk'], layout)) if judges else zero
+    return PolicyOutputs(logp, entropy, value, score)
 
   def reference_logp(train, froze, layout, temperature):
     del train
@@ -138,11 +157,12 @@ def make(config: ModelConfig, *, init: str = 'normal', lora_options: Mapping[str
     return values(train, layout, hidden)
 
   return Model(config, trainable, frozen, initial, start, policy, outputs,
-               reference_logp if reference else None, critic_values if critic != 'none' else None)
+               reference_logp if reference else None, critic_values if critic != 'none' else None,
+               ('reward',) if judges else ())
 
 
 def get(entry: Mapping[str, Any], vocab_size: int) -> Model:
-  """Returns the model of a config entry: variant, shape, init, lora, critic, reference.
+  """Returns the model of a config entry: variant, shape, init, lora, critic, reference, reward.
 
   Args:
     entry: config.model.
@@ -159,4 +179,4 @@ def get(entry: Mapping[str, Any], vocab_size: int) -> Model:
     raise ValueError(f'config.model.shape.vocab_size={config.vocab_size}: the tokenizer has {vocab_size} tokens')
   config = dataclasses.replace(config, num_tokens=vocab_size)
   return make(config, init=entry['init'], lora_options=entry['lora'], critic=entry['critic'],
-              reference=entry['reference'])
+              reference=entry['reference'], reward=entry['reward'])

@@ -20,7 +20,8 @@ def clipped_surrogate(*, clip_low: float, clip_high: float, kl: str, aggregate: 
   Args:
     clip_low, clip_high: ε_low, ε_high.
     kl: estimate of KL(π ‖ ref): k1, k2 or k3; its coefficient is hypers['kl_coef'].
-    aggregate: 'token' (every token counts alike) or 'sequence' (every row counts alike).
+    aggregate: 'token' (every token counts alike), 'sequence' (every row), 'step_sum' or 'step_mean' (every candidate
+      of a step, steps of a question summed or averaged); see masked.REDUCTIONS.
 
   Raises:
     ValueError: an unknown estimate or aggregation, or a negative clip.
@@ -40,7 +41,7 @@ def clipped_surrogate(*, clip_low: float, clip_high: float, kl: str, aggregate: 
     clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
     gain = jnp.minimum(ratio * credit.advantage, clipped * credit.advantage)
     kl_tokens = divergence(jnp.where(trained, out.logp, 0.0), jnp.where(trained, snapshot.ref_logp, 0.0))
-    loss = reduce(hypers['kl_coef'] * kl_tokens - hypers['entropy_coef'] * out.entropy - gain, traj.loss_weight)
+    loss = reduce(hypers['kl_coef'] * kl_tokens - hypers['entropy_coef'] * out.entropy - gain, traj)
     outside = (ratio * credit.advantage > clipped * credit.advantage).astype(jnp.float32)
     return loss, {'ratio': masked.token_sum(ratio, traj.loss_weight),
                   'clip_fraction': masked.token_sum(outside, traj.loss_weight),

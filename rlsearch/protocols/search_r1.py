@@ -12,6 +12,7 @@ from rlsearch.types import Action, Passage, Protocol, Question
 
 TAGS = ('think', 'search', 'information', 'answer')
 _PAIR = re.compile(r'<(search|answer)>(.*?)</\1>', re.DOTALL)
+_THINK = re.compile(r'</?think>')
 
 _INSTRUCTIONS = (
     'You answer a question, and you may look things up first. Think inside <think> and </think> before you act, and '
@@ -37,9 +38,13 @@ def cut(turn: str) -> str:
 
 
 def parse(turn: str) -> Action:
-  """Returns the action of the agent's own text: its first search or answer pair; 'invalid' without one."""
+  """Returns the action of the agent's own text: its first search or answer pair; 'invalid' without one.
+
+  The thought is what stands before the pair (all of an invalid turn), without the think tags.
+  """
   match = _PAIR.search(cut(turn))
-  return Action(match.group(1), (match.group(2).strip(),)) if match else Action('invalid', ())
+  thought = _THINK.sub(' ', turn[:match.start()] if match else turn).strip()
+  return Action(match.group(1), (match.group(2).strip(),), thought) if match else Action('invalid', (), thought)
 
 
 def search_r1(*, max_searches: int, prompt: str = 'instructions', reminder: str = 'full', separator: str = '\n\n',

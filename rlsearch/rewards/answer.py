@@ -46,14 +46,27 @@ def exact_match(*, wrong: float = 0.0) -> RewardTerm:
   return _outcome(score)
 
 
-def token_f1(*, missing: float = 0.0) -> RewardTerm:
+F1 = {'multiset': normalize.token_f1, 'set': normalize.set_f1}
+
+
+def token_f1(*, missing: float = 0.0, tokens: str = 'multiset') -> RewardTerm:
   """Returns the best token F1 of the last turn's answer over the gold answers, `missing` without an answer.
 
   Wang et al. 2025 (StepSearch), https://arxiv.org/abs/2505.15107, Sec. 3.2.
+
+  Args:
+    missing: of an episode without an answer (IGPO's released code: -2).
+    tokens: 'multiset', or 'set' as in IGPO's released code (normalize.set_f1).
+
+  Raises:
+    ValueError: an unknown kind of F1.
   """
+  if tokens not in F1:
+    raise ValueError(f'config.rewards: tokens={tokens!r}; known: {sorted(F1)}')
+
   def score(episode):
     answer = answer_of(episode)
-    return missing if answer is None else normalize.token_f1(answer, normalize.usable_answers(episode.question.answers))
+    return missing if answer is None else F1[tokens](answer, normalize.usable_answers(episode.question.answers))
   return _outcome(score)
 
 

@@ -62,6 +62,7 @@ def make_grow(plan: SamplingPlan, terms: Mapping[str, RewardTerm], source: Sourc
       return list(new.values())
 
     def finish(q, e, request, turn):
+      turn = turn._replace(forced=bool(e.opener or e.forced))
       trees[q], i = render_lib.add(render, trees[q], e.node, request, turn)
       changed.add(q)
       if not e.scored:

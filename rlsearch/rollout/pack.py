@@ -81,7 +81,35 @@ def pack(forest: Forest, rows: Sequence[Row], scored: np.ndarray, *, num_rows: i
       raise ValueError(f'question {row.question}: two rows train the same turn')
     trained |= mine
     t.loss_weight[b, :n] = weight_of[role] * (turn_index >= row.first_trained_turn)
+  _count_siblings(t)
   return Packed(t, lengths, len(rows))
+
+
+def _count_siblings(t: Trajectories) -> None:
+  """Fills in how many trained turns share a turn's prefix, and from how many prefixes a group's were sampled."""
+  trained = t.turn_trained & t.turn_valid
+  prefixes, place, count = np.unique(t.prefix_id[trained], return_inverse=True, return_counts=True)
+  t.siblings[trained] = count[place]
+  rows = np.nonzero(trained)[0]
+  pairs = {(int(t.group_id[b]), int(p)) for b, p in zip(rows, prefixes[place], strict=True)}
+  groups, number = np.unique([g for g, _ in pairs], return_counts=True)
+  steps = dict(zip(groups.tolist(), number.tolist(), strict=True))
+  t.steps[:] = [steps.get(int(g), 0) * valid for g, valid in zip(t.group_id, t.turn_valid[:, 0], strict=True)]
+
+
+def distinct_tokens(forest: Forest, rows: Sequence[Row], members: np.ndarray) -> int:
+  """Returns the tokens of the rows `members` (bool[R]) with what they share counted once: prompts and turns before."""
+  seen: dict[tuple, int] = {}
+  for row, wanted in zip(rows, members, strict=True):
+    if not wanted:
+      continue
+    tree = forest[row.question]
+    variant, path = tree.nodes[row.leaf].path[0], forest_lib.lineage(tree, row.leaf)
+    seen[row.question, 'prompt', variant] = len(tree.prompts[variant])
+    for i in path:
+      turn = tree.nodes[i].turn
+      seen[row.question, i] = len(turn.token_ids) + (0 if turn.observation_ids is None else len(turn.observation_ids))
+  return sum(seen.values())
 
 
 def empty(B: int, T: int, K: int) -> Trajectories:
@@ -91,7 +119,8 @@ def empty(B: int, T: int, K: int) -> Trajectories:
       tokens=zeros(np.int32, B, T), valid=zeros(bool, B, T), role=zeros(np.int8, B, T),
       loss_weight=zeros(np.float32, B, T), turn_index=np.full((B, T), -1, np.int32),
       behaviour_logp=zeros(np.float32, B, T), turn_valid=zeros(bool, B, K), turn_trained=zeros(bool, B, K),
-      node_id=np.full((B, K), -1, np.int32), group_id=np.full(B, -1, np.int32), prefix_id=np.full((B, K), -1, np.int32))
+      node_id=np.full((B, K), -1, np.int32), group_id=np.full(B, -1, np.int32), prefix_id=np.full((B, K), -1, np.int32),
+      siblings=zeros(np.float32, B, K), steps=zeros(np.float32, B))
 
 
 def _row(tree, path):
@@ -178,7 +207,7 @@ def take(tree, bucket: Bucket, members: np.ndarray):
     return block
   if not isinstance(tree, Trajectories):
     return jax.tree.map(lambda x: one(x, 0, True), tree)
-  per_turn = ('turn_valid', 'turn_trained', 'node_id', 'prefix_id', 'group_id')
+  per_turn = ('turn_valid', 'turn_trained', 'node_id', 'prefix_id', 'group_id', 'siblings', 'steps')
   fills = dict.fromkeys(('turn_index', 'node_id', 'prefix_id', 'group_id'), -1)
   return Trajectories(**{f.name: one(getattr(tree, f.name), fills.get(f.name, 0), f.name not in per_turn)
                          for f in dataclasses.fields(tree)})

@@ -13,7 +13,7 @@ from rlsearch.data.questions import Source
 from rlsearch.data.tokenizer import Tokenizer
 from rlsearch.sampling import forest as forest_lib
 from rlsearch.types import (ANSWERED, EMPTY, FAILED_SERVICE, FORCED, LONG_OBSERVATION, OK, REFUSED, TOKEN_BUDGET,
-                            TURN_LIMIT, Action, Call, Expansion, Ids, Key, Outcome, Passage, Protocol, Question,
+                            TURN_LIMIT, Call, Expansion, Ids, Key, Outcome, Passage, Protocol, Question,
                             Request, Tree, Turn)
 
 
@@ -137,7 +137,7 @@ def observe(render: Render, tree: Tree, i: int, outcome: Outcome) -> Tree:
     tree = forest_lib.replace(tree, i, tree.nodes[i]._replace(turn=turn))
     return forest_lib.end(tree, i, FAILED_SERVICE)
   if outcome.kind == REFUSED:
-    return _append(render, tree, i, turn._replace(action=Action('invalid', ())), ())
+    return _append(render, tree, i, turn._replace(action=turn.action._replace(kind='invalid', content=())), ())
   passages = tuple(p for found in outcome.value or () for p in found)
   return _append(render, tree, i, turn, passages)
 

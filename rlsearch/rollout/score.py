@@ -17,10 +17,12 @@ class Scored(NamedTuple):
     values: by term, f32[R, K]; zero where it said nothing.
     given: by term, bool[R, K].
     scored: bool[R]; False for a row that some term could not score: it is dropped, not scored 0.
+    outcomes: how every call of the step ended, those of the rollout too.
   """
   values: Mapping[str, np.ndarray]
   given: Mapping[str, np.ndarray]
   scored: np.ndarray
+  outcomes: Mapping[tuple, Outcome]
 
 
 def _episode(tree: Tree, i: int, key: Key) -> Episode:
@@ -79,7 +81,7 @@ def score_rows(terms: Mapping[str, RewardTerm], episodes: Sequence[Episode], out
       for k, x in enumerate(said):
         if x is not None:
           values[name][b, k], given[name][b, k] = x, True
-  return Scored(values, given, scored)
+  return Scored(values, given, scored, known)
 
 
 def _check(name: str, episode: Episode, said: Sequence[float | None]) -> None:

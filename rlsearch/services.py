@@ -1,0 +1,131 @@
+"""What a run works with, made from its config: world, tokenizer, search, judge."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from etils import epath
+import jax
+from jax.sharding import Mesh
+
+from rlsearch import checkpoint, method as method_lib, outside, parallel
+from rlsearch.data import tokenizer as tokenizer_lib
+from rlsearch.data.tokenizer import Tokenizer
+from rlsearch.envs import environments, judge as judges, retrieval
+from rlsearch.envs.environments import Environment
+from rlsearch.engines import scoring
+from rlsearch.models import heads, params as params_lib
+from rlsearch.models.config import ModelConfig
+from rlsearch.protocols.search_r1 import TAGS
+from rlsearch.types import Engine
+
+
+class Shared(NamedTuple):
+  """What the stages of a run have in common."""
+  tok: Tokenizer
+  services: Mapping[str, outside.Service]
+
+
+def environment(config: Mapping[str, Any]) -> Environment:
+  """Returns the questions and passages of a stage; a source with seed -1 takes the run's."""
+  source = dict(config['data']['source'])
+  if source.get('seed') == -1:
+    source['seed'] = config['seed']
+  if source.get('demonstrations'):
+    seen = {'topk': config['retriever']['topk'], 'title_weight': config['retriever'].get('title_weight', 1),
+            'max_searches': config['protocol'].get('max_searches', 3)}
+    source['demonstrations'] = {**source['demonstrations'], **seen}        # the expert reads what the policy will
+  return method_lib.resolve('data.source', environments, source)
+
+
+def retriever(entry: Mapping[str, Any], env: Environment) -> outside.Service:
+  """Returns the search service: BM25 over the environment's passages in process, or a server.
+
+  Raises:
+    ValueError: an unknown name or entry.
+  """
+  options = {k: v for k, v in entry.items() if k not in ('name', 'topk')}
+  if entry.get('name') == 'bm25':
+    return retrieval.search_service(method_lib.call('retriever (bm25)', retrieval.bm25, options, env.passages))
+  if entry.get('name') == 'http':
+    url = options.pop('url', None)
+    if not url:
+      raise ValueError('config.retriever.url: missing; wants the address of a retrieval server')
+    return method_lib.call('retriever (http)', retrieval.http_search, options, url)
+  raise ValueError(f'config.retriever.name={entry.get("name")!r}; known: bm25, http')
+
+
+def judge(entry: Mapping[str, Any], seed: int) -> outside.Service | None:
+  """Returns the judge of single steps: the world's oracle, or a server; None for 'none'.
+
+  Raises:
+    ValueError: an unknown name or entry.
+  """
+  options = {k: v for k, v in entry.items() if k != 'name'}
+  if entry.get('name') == 'none' and not options:
+    return None
+  if entry.get('name') == 'oracle':
+    return method_lib.call('judge (oracle)', judges.oracle, {**options, 'seed': seed})
+  if entry.get('name') == 'http':
+    url = options.pop('url', None)
+    if not url:
+      raise ValueError('config.judge.url: missing; wants the address of a judge server')
+    return method_lib.call('judge (http)', judges.http_judge, options, url)
+  raise ValueError(f'config.judge={dict(entry)}: known names: http, none, oracle; none has no other entry')
+
+
+def tokenizer(entry: Mapping[str, Any], env: Environment, workdir: epath.Path) -> Tokenizer:
+  """Returns the tokenizer: read from a path, or trained on the environment's text and kept in the workdir.
+
+  Raises:
+    ValueError: an unknown entry, or a broken file.
+  """
+  if set(entry) == {'path'}:
+    return tokenizer_lib.load(entry['path'])
+  if set(entry) != {'vocab_size'}:
+    raise ValueError(f'config.model.tokenizer={dict(entry)}: wants path (a tokenizer.json or *.model) or vocab_size '
+                     '(train one on the corpus)')
+  path = workdir / 'tokenizer.model'
+  if path.exists():
+    return tokenizer_lib.load(str(path))
+  workdir.mkdir(parents=True, exist_ok=True)
+  symbols = [f'<{slash}{tag}>' for tag in TAGS for slash in ('', '/')] + ['\n']
+  part = path.parent / (path.name + '.part.model')                # a kill while it is written leaves no broken one
+  tok = tokenizer_lib.train_sentencepiece(env.text(), vocab_size=entry['vocab_size'], symbols=symbols, path=str(part))
+  part.replace(path)
+  return tok
+
+
+def shared(config: Mapping[str, Any], env: Environment, workdir: epath.Path) -> Shared:
+  """Returns what the stages of a run have in common, made from the first stage's config."""
+  services = {'search': retriever(config['retriever'], env), 'judge': judge(config['judge'], config['seed'])}
+  return Shared(tokenizer(config['model']['tokenizer'], env, workdir), {k: v for k, v in services.items() if v is not None})
+
+
+def own(config: Mapping[str, Any], engine: Engine, tok: Tokenizer, model: ModelConfig, workdir: epath.Path, mesh: Mesh
+        ) -> dict[str, outside.Service]:
+  """Returns the services that run on this process's own devices: 'logprob', and 'reward_module' where a stage made one.
+
+  Args:
+    config: of the stage.
+    engine: whose policy gives log-probabilities.
+    tok: the run's.
+    model: shapes of the reward module's trunk.
+    workdir: of the run, which holds the folders of its stages.
+    mesh: the sampler's.
+
+  Raises:
+    ValueError: the stage that trains the module has not finished.
+  """
+  found = {'logprob': outside.logprob_service(engine, tok)}
+  stage = config['reward_module']['stage']
+  if stage:
+    folders = sorted((workdir / stage).glob('reward-*'), key=lambda f: int(f.name.split('-')[1]))
+    if not folders:
+      raise ValueError(f'config.reward_module.stage={stage!r}: {workdir / stage} has no reward-<steps> yet')
+    specs = {'head': heads.scalar_head_specs(model), 'trunk': params_lib.transformer_specs(model)}
+    everywhere = jax.tree.map(lambda p: parallel.replicated(mesh), specs, is_leaf=params_lib.is_param)
+    module = checkpoint.load_params(folders[-1], everywhere, specs)
+    read = scoring.reader(scoring.last_score(model), mesh, config['engine']['rows'], config['engine']['contexts'])
+    found['reward_module'] = outside.score_service(lambda paths: read(module, paths, [0] * len(paths)))
+  return found
