@@ -131,5 +131,5 @@ def at(scale, c, embedded=None, cold_start=None):
   _lay(SCALES[scale], c)
   if scale == 'embedded':
     _lay(embedded or {}, c)
-    c.stages = {'cold_start': cold_start or standard.get_stage()}
+    c.stages = {'cold_start': cold_start or standard.get_stage(), **c.stages.to_dict()}
   return c

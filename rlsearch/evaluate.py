@@ -66,21 +66,24 @@ def f1(episode: Episode) -> float:
   return 0.0 if answer is None else normalize.token_f1(answer, normalize.usable_answers(episode.question.answers))
 
 
+def _share(hits: np.ndarray) -> dict[str, Any]:
+  """How many there are, and the share of hits with its bounds."""
+  low, high = wilson(hits.sum(), len(hits))
+  return {'num': len(hits), 'em': float(hits.mean()), 'low': low, 'high': high}
+
+
 def record(episodes: Sequence[Episode], *, step: int, split: str, mode: str, seconds: float) -> dict[str, Any]:
   """Returns one line of evals.jsonl.  Episodes that a failed service cut off are counted apart, not as wrong."""
   done = [e for e in episodes if e.ended != FAILED_SERVICE]
   hits = np.array([exact(e) for e in done], float)
   low, high = wilson(hits.sum(), len(done))
-  hops = np.array([int(e.question.meta.get('hops', 0)) for e in done])
-  by_hops = {}
-  for h in sorted(set(hops.tolist())):
-    mine = hits[hops == h]
-    bounds = wilson(mine.sum(), len(mine))
-    by_hops[str(h)] = {'num': len(mine), 'em': float(mine.mean()), 'low': bounds[0], 'high': bounds[1]}
+  shares = lambda keys: {str(k): _share(hits[[key == k for key in keys]]) for k in sorted(set(keys))}
   mean = lambda values: float(np.mean(values)) if done else None          # nothing measured is not zero
   return {
       'step': step, 'split': split, 'mode': mode, 'num': len(done), 'failed': len(episodes) - len(done),
-      'em': mean(hits), 'em_low': low, 'em_high': high, 'f1': mean([f1(e) for e in done]), 'by_hops': by_hops,
+      'em': mean(hits), 'em_low': low, 'em_high': high, 'f1': mean([f1(e) for e in done]),
+      'by_hops': shares([int(e.question.meta.get('hops', 0)) for e in done]),
+      'by_type': shares([str(e.question.meta.get('type', 'unknown')) for e in done]),
       'searches': mean([sum(t.outcome is not None for t in e.turns) for e in done]),
       'turns': mean([len(e.turns) for e in done]),
       'tokens': mean([sum(len(t.token_ids) for t in e.turns) for e in done]), 'seconds': seconds}
@@ -91,9 +94,10 @@ def in_words(line: Mapping[str, Any]) -> str:
   failed = f'; {line["failed"]} cut off by a failed service' if line['failed'] else ''
   if not line['num']:
     return 'no question was finished' + failed
-  hops = ' '.join(f'{h}:{v["em"]:.2f}' for h, v in line['by_hops'].items())
-  return (f'EM {line["em"]:.3f} [{line["em_low"]:.3f}, {line["em_high"]:.3f}] on {line["num"]} questions, by hops {hops}'
-          + failed)
+  shares = lambda parts: ' '.join(f'{name}:{v["em"]:.2f}' for name, v in parts.items())
+  types = f', by type {shares(line["by_type"])}' if len(line['by_type']) > 1 else ''
+  return (f'EM {line["em"]:.3f} [{line["em_low"]:.3f}, {line["em_high"]:.3f}] on {line["num"]} questions, by hops '
+          f'{shares(line["by_hops"])}{types}{failed}')
 
 
 def episode_json(tok: Tokenizer, episode: Episode, rewards: Mapping[str, Sequence[float | None]],
@@ -166,6 +170,9 @@ def make_evaluation(evals: Evals, tok: Tokenizer, splits: Mapping[str, tuple[Que
       line, episodes = result
       writer.evaluation(line)
       say(f'step {step}  {split} {mode}: {in_words(line)}')
+      if last:                                                # for comparisons that pair runs by question
+        done = {e.question.uid: float(exact(e)) for e in episodes if e.ended != FAILED_SERVICE}
+        writer.episodes(f'questions-{step}-{mode}.json', {'step': step, 'split': split, 'mode': mode, 'em': done})
       if last and mode == evals.modes[0]:
         shown = [episode_json(tok, e, {'em': [None] * (len(e.turns) - 1) + [float(exact(e))]}, None)
                  for e in episodes[:evals.episodes]]

@@ -141,7 +141,8 @@ def _summary(workdir: epath.Path, stages: list[str], seed: int) -> dict[str, Any
       'generated_tokens': sum(m.get('cost/generated_tokens', 0) for m in metrics),
       'prefilled_tokens': sum(m.get('cost/prefilled_tokens', 0) for m in metrics),
       'trained_tokens': sum(m.get('cost/trained_tokens', 0) for m in metrics),
-      'retrievals': sum(m.get('cost/retrievals', 0) for m in metrics),
+      **{k: sum(m.get(f'cost/{k}', 0) for m in metrics)
+         for k in ('update_tokens', 'distinct_tokens', 'judge_tokens', 'scored_tokens', 'retrievals')},
       'seconds_cold_start': sum(seconds.get(name, 0.0) for name in stages[:-1]), 'seconds_rl': seconds.get(stages[-1], 0.0),
       'seconds_total': max(time.time() - _STARTED, sum(seconds.values())), 'peak_memory_gib': peak_memory_gib()}
 
@@ -158,4 +159,5 @@ def table(summary: Mapping[str, Any]) -> str:
       f'  seconds    cold start {summary["seconds_cold_start"]:.0f}, RL {summary["seconds_rl"]:.0f}, '
       f'total {summary["seconds_total"]:.0f};  peak memory {summary["peak_memory_gib"]:.2f} GiB',
       f'  tokens     generated {summary["generated_tokens"]:.0f}, prefilled {summary["prefilled_tokens"]:.0f}, '
-      f'trained {summary["trained_tokens"]:.0f};  retrievals {summary["retrievals"]:.0f}'])
+      f'trained {summary["trained_tokens"]:.0f}, judge {summary.get("judge_tokens", 0):.0f};  '
+      f'retrievals {summary["retrievals"]:.0f}'])

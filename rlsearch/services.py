@@ -35,7 +35,7 @@ def environment(config: Mapping[str, Any]) -> Environment:
     seen = {'topk': config['retriever']['topk'], 'title_weight': config['retriever'].get('title_weight', 1),
             'max_searches': config['protocol'].get('max_searches', 3)}
     source['demonstrations'] = {**source['demonstrations'], **seen}        # the expert reads what the policy will
-  return method_lib.resolve('data.source', environments, source)
+  return environments.with_gold_texts(method_lib.resolve('data.source', environments, source))
 
 
 def retriever(entry: Mapping[str, Any], env: Environment) -> outside.Service:

@@ -161,13 +161,19 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
   return Stage(finished, time.monotonic() - begun)
 
 
-def run_stages(config: Any, workdir: epath.Path, overwrite: bool) -> bool:
-  """Runs every stage that is not finished yet; returns whether the last one is."""
+def run_stages(config: Any, workdir: epath.Path, overwrite: bool, until: str = '') -> bool:
+  """Runs every stage that is not finished yet, up to and with `until`; returns whether all of those are.
+
+  Raises:
+    ValueError: an impossible config, or no stage of that name; and what `train` raises.
+  """
   plain = settings.plain(config)
   stages = settings.stages(plain)
   for stage in stages.values():                               # a bad bucket of the last one fails now, not then
     settings.lengths(stage, parallel.make_mesh(stage['mesh']))
   names = list(stages)
+  if until and until not in names:
+    raise ValueError(f'--until={until}: no such stage; known: {names}')
   release = checkpoint.lock(workdir)
   stop = runs.stop_on_signals(lambda text: print(text, flush=True))
   runs.claim(workdir, {'name': names[-1], 'stages': stages}, overwrite)
@@ -182,6 +188,10 @@ def run_stages(config: Any, workdir: epath.Path, overwrite: bool) -> bool:
       if not ended.finished:
         return False
     start_from = left
+    if name == until and name != names[-1]:
+      print(f'{name} is finished; --until={until} leaves {names[names.index(name) + 1:]} undone')
+      release()
+      return True
   print(runs.table(runs.summarize(workdir, names, plain['seed'], ran)))
   release()
   return True
@@ -190,6 +200,7 @@ def run_stages(config: Any, workdir: epath.Path, overwrite: bool) -> bool:
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Method and scale: FILE or FILE:SCALE.', lock_config=True)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; the same command continues what it holds.')
 _OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Delete a run of another config that the workdir holds.')
+_UNTIL = flags.DEFINE_string('until', '', 'End after this stage, for example cold_start; the same command without it goes on.')
 _CPU_DEVICES = flags.DEFINE_integer('cpu_devices', 0, 'Virtual CPU devices; 0 leaves it to JAX.', lower_bound=0)
 
 
@@ -203,7 +214,7 @@ def main(argv: list[str]) -> None:
     jax.config.update('jax_num_cpu_devices', _CPU_DEVICES.value)
   runs.use_compilation_cache()
   try:
-    finished = run_stages(_CONFIG.value, epath.Path(_WORKDIR.value), _OVERWRITE.value)
+    finished = run_stages(_CONFIG.value, epath.Path(_WORKDIR.value), _OVERWRITE.value, _UNTIL.value)
   except (ValueError, RuntimeError, FloatingPointError) as error:
     raise SystemExit(f'error: {error}') from error
   raise SystemExit(0 if finished else 3)

@@ -3,43 +3,32 @@
 Entities of four types have two facts each, which lead to other entities, and one passage that
 states them.  Questions are chains of relations.  Train, validation, test and famous entities are
 subworlds: facts lead from each only into itself, while one list holds the passages of all.
+
+That is the preset `demo`.  `standard` adds years, comparisons of them, questions for the one entity
+with two facts (encyclopedia_kinds), second names, and names that share a word with another one of
+their type.  `hard` is `standard` (the same entities, passages and questions) and rumours: passages that
+begin with "rumour says" and tell of an entity what is true of another one.
+
+The rule: what a passage that begins with "rumour says" states is false; the entity's own passage,
+which never begins so, states the truth.  One passage of the world says so too.
 """
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import math
-from typing import NamedTuple
 
 import numpy as np
 
+from rlsearch.envs import encyclopedia_details as details_of
 from rlsearch.envs import encyclopedia_text as text_of
+from rlsearch.envs.encyclopedia_details import Details
+from rlsearch.envs.encyclopedia_kinds import KINDS
 from rlsearch.envs.encyclopedia_text import NOUNS, RELATIONS, TYPES
+from rlsearch.envs.encyclopedia_world import PRESETS, Preset, World, names_of
 from rlsearch.types import Passage, Question
 
 SPLITS = ('train', 'validation', 'test')
 MIN_SUBWORLD = 2 * len(TYPES)          # an entity is never its own twin
-
-
-class Preset(NamedTuple):
-  hops: tuple[int, ...] = (1, 2, 3)
-  filler_share: float = .5             # of the passages that hold a sentence without a fact
-
-
-PRESETS: Mapping[str, Preset] = {'demo': Preset()}
-
-
-class World(NamedTuple):
-  seed: int
-  preset: Preset
-  names: tuple[str, ...]               # by entity
-  types: np.ndarray                    # i32[n]     index into TYPES
-  values: np.ndarray                   # i32[n, 2]  entity that relation 2 * type + slot leads to
-  members: Mapping[str, np.ndarray]    # split or 'famous' to entities; 'train' without the famous
-  passages: tuple[Passage, ...]        # by entity
-  facts: Mapping[str, tuple[tuple[str, str], ...]]   # passage uid to (relation, value), as stated
-  entity: Mapping[str, int]            # by name
-  name_words: tuple[str, ...]          # may be re-drawn
-  famous_words: tuple[str, ...]        # of famous names only; never re-drawn
 
 
 def make_world(seed: int, num_entities: int = 1000, preset: str = 'demo', test_share: float = .4,
@@ -60,44 +49,53 @@ def make_world(seed: int, num_entities: int = 1000, preset: str = 'demo', test_s
   """
   if preset not in PRESETS:
     raise ValueError(f'world.preset={preset!r}; known: {sorted(PRESETS)}')
-  sizes = _subworld_sizes(num_entities, test_share, validation_share, num_famous)
-  rng = np.random.default_rng([seed, num_entities])
+  wanted = PRESETS[preset]
+  sizes = _subworld_sizes(num_entities, test_share, validation_share, num_famous, wanted.sharing)
+  rng, more = np.random.default_rng([seed, num_entities]), np.random.default_rng([seed, num_entities, 2])
   types, values = np.empty(num_entities, np.int32), np.empty((num_entities, 2), np.int32)
   order, members, start = rng.permutation(num_entities), {}, 0
   for split, size in sizes.items():
     members[split] = np.sort(order[start:start + size])
     types[members[split]] = np.arange(size) % len(TYPES)
-    _draw_values(members[split], types, values, rng)
+    _draw_values(members[split], types, values, 1 if split == 'famous' else wanted.sharing, rng)
     start += size
 
   num_words = text_of.num_name_words(num_entities)
-  words = text_of.invent_words(num_words + 2 * num_famous, rng)
+  words = text_of.invent_words(num_words + 2 * num_famous, rng, text_of.more_words() if wanted.years else ())
   names = text_of.invent_names(words[:num_words], num_entities, rng)
   for i, famous in enumerate(members['famous'].tolist()):
     names[famous] = ' '.join(words[num_words + 2 * i:][:2])
-  passages, facts = _write_passages(names, types, values, PRESETS[preset].filler_share, rng)
-  return World(seed, PRESETS[preset], tuple(names), types, values, members, passages, facts,
-               {name: i for i, name in enumerate(names)}, words[:num_words], words[num_words:])
+  details_of.add_twins(names, types, members, words[:num_words], wanted.twin_share, more)
+  details = details_of.draw(wanted, names, values, members, words[:num_words], more)
+  passages, facts = _write_passages(names, types, details, wanted.filler_share, rng)
+  if wanted.rumour_share:
+    told, false = details_of.rumours(names, types, values, members, details, wanted.rumour_share,
+                                     np.random.default_rng([seed, num_entities, 3]))
+    passages, facts = (*passages, *told), {**facts, **false}
+  entity = {name: i for i, name in enumerate(names)} | {alias: i for i, alias in details.aliases.items()}
+  return World(seed, wanted, tuple(names), types, values, members, passages, facts, entity, words[:num_words],
+               words[num_words:], details.years, details.aliases)
 
 
-def _subworld_sizes(num_entities: int, test_share: float, validation_share: float,
-                    num_famous: int) -> dict[str, int]:
+def _subworld_sizes(num_entities: int, test_share: float, validation_share: float, num_famous: int,
+                    sharing: int) -> dict[str, int]:
   """Entities of each subworld, by name."""
   sizes = {'famous': num_famous, 'validation': round(num_entities * validation_share),
            'test': round(num_entities * test_share)}
   sizes['train'] = num_entities - sum(sizes.values())
   for split, size in sizes.items():
-    if size < MIN_SUBWORLD and (size or split == 'train'):
+    smallest = MIN_SUBWORLD * (1 if split == 'famous' else sharing)
+    if size < smallest and (size or split == 'train'):
       raise ValueError(
           f'world: {size} {split} entities (num_entities={num_entities}, test_share={test_share}, '
           f'validation_share={validation_share}, num_famous={num_famous}); wanted at least '
-          f'{MIN_SUBWORLD}' + ('' if split == 'train' else ' or none'))
+          f'{smallest}' + ('' if split == 'train' else ' or none'))
   return sizes
 
 
-def _draw_values(members: np.ndarray, types: np.ndarray, values: np.ndarray,
+def _draw_values(members: np.ndarray, types: np.ndarray, values: np.ndarray, sharing: int,
                  rng: np.random.Generator) -> None:
-  """Fills in the members' values, each relation a near-permutation: no entity is a hub."""
+  """Fills in the members' values, each leading to its value from about `sharing` entities: no entity is a hub."""
   for i, relation in enumerate(RELATIONS):
     subjects, candidates = (
         members[types[members] == TYPES.index(kind)] for kind in (relation.subject, relation.value))
@@ -105,58 +103,66 @@ def _draw_values(members: np.ndarray, types: np.ndarray, values: np.ndarray,
       continue                         # an empty subworld
     if relation.subject == relation.value:
       subjects = rng.permutation(subjects)            # one ring, so that none leads to itself
-      chosen = np.roll(subjects, -1)
+      place = np.arange(len(subjects))
+      chosen = subjects[(place - place % sharing + sharing) % len(subjects)]
     else:
+      if sharing > 1:
+        candidates = rng.permutation(candidates)[:math.ceil(len(candidates) / sharing)]
       rounds = math.ceil(len(subjects) / len(candidates))
       chosen = np.concatenate([rng.permutation(candidates) for _ in range(rounds)])[:len(subjects)]
     values[subjects, i % 2] = chosen
 
 
 def _write_passages(
-    names: Sequence[str], types: np.ndarray, values: np.ndarray, filler_share: float,
+    names: Sequence[str], types: np.ndarray, details: Details, filler_share: float,
     rng: np.random.Generator) -> tuple[tuple[Passage, ...], dict[str, tuple[tuple[str, str], ...]]]:
-  """One passage an entity, and by uid the facts in the order in which it states them."""
+  """One passage an entity, and by uid the facts in the order in which it states them; a year is never the first."""
   n = len(names)
   first = rng.integers(2, size=n).tolist()
   template = rng.integers(len(text_of.TEMPLATES), size=(n, 2)).tolist()
   has_filler = (rng.random(n) < filler_share).tolist()
   filler = rng.integers(len(text_of.FILLERS), size=n).tolist()
   place = rng.integers(3, size=n).tolist()
-  kind, targets = types.tolist(), values.tolist()
   passages, facts = [], {}
-  for i, name in enumerate(names):
-    stated, sentences = [], []
-    for slot in (first[i], 1 - first[i]):
-      relation, value = RELATIONS[2 * kind[i] + slot], names[targets[i][slot]]
-      stated.append((relation.noun, value))
-      sentences.append(text_of.render_fact(template[i][slot], relation, name, value))
-    if has_filler[i]:
+  for i, (name, kind) in enumerate(zip(names, types.tolist())):
+    alias = details.aliases.get(i)
+    stated = [(template[i][slot], RELATIONS[2 * kind + slot], details.mentions[i][slot])
+              for slot in (first[i], 1 - first[i])]
+    if len(details.years):
+      stated.insert(details.place[i], (details.template[i], text_of.YEAR_RELATIONS[kind], str(details.years[i])))
+    sentences = [text_of.render_fact(how, relation, alias or name, value) for how, relation, value in stated]
+    if alias:
+      sentences.insert(0, text_of.ALIAS.format(name=name, alias=alias))
+    elif has_filler[i]:
       sentences.insert(place[i], text_of.FILLERS[filler[i]])
     passages.append(Passage(f'entity-{i}', name, ' '.join(sentences), 0.))
-    facts[passages[-1].uid] = tuple(stated)
+    facts[passages[-1].uid] = tuple((relation.noun, value) for _, relation, value in stated)
   return tuple(passages), facts
 
 
 def draw_questions(world: World, split: str, num: int, rng: np.random.Generator,
                    hops: Sequence[int] | None = None) -> tuple[Question, ...]:
-  """Distinct questions of one split, equal shares of the hop counts, in random order.
+  """Distinct questions of one split, equal shares of the hop counts and other kinds, in random order.
 
-  An answer is asked for again by the same last relation only when every other one was asked for as
-  often, so there is no frequent answer to guess.  Train questions differ in start, relations or
+  The answer of a chain is asked for again by the same last relation only when every other one was asked
+  for as often, so there is no frequent answer to guess.  Train questions differ in start, relations or
   wording; validation and test questions in start or relations, each in one wording.
 
   Args:
-    hops: hop counts; None takes the preset's.
+    hops: hop counts, of chains alone; None takes the preset's hops and kinds.
 
   Raises:
     ValueError: an unknown split, or more distinct questions wanted than exist.
   """
   if split not in SPLITS:
     raise ValueError(f'draw_questions: split={split!r}; known: {SPLITS}')
-  hops = tuple(world.preset.hops if hops is None else hops)
+  kinds = (*world.preset.hops, *world.preset.kinds) if hops is None else tuple(hops)
   asked, drawn = np.zeros(len(RELATIONS) * len(world.names), np.int64), []
-  for i, num_hops in enumerate(hops):
-    share = num // len(hops) + (i < num % len(hops))
+  for i, num_hops in enumerate(kinds):
+    share = num // len(kinds) + (i < num % len(kinds))
+    if num_hops in KINDS:
+      drawn += KINDS[num_hops](world, split, share, rng)
+      continue
     path, relations = _chains(world, world.members[split], num_hops)
     wording = rng.integers(2, size=len(path))
     if split == 'train':
@@ -208,16 +214,16 @@ def _chains(world: World, starts: np.ndarray, num_hops: int) -> tuple[np.ndarray
 
 def _question(world: World, split: str, path: np.ndarray, relations: np.ndarray,
               wording: int) -> Question:
-  """The question that walks along the path."""
-  nouns = tuple(NOUNS[r] for r in relations)
-  names = tuple(world.names[i] for i in path)
+  """The question that walks along the path, whose names are as the passages state them."""
+  nouns, names = tuple(NOUNS[r] for r in relations), tuple(world.names[i] for i in path)
+  gold = tuple(world.passages[i].uid for i in path[:-1])
+  stated = (names[0], *(dict(world.facts[uid])[noun] for uid, noun in zip(gold, nouns)))
   meta = {
       'hops': len(nouns), 'type': 'chain', 'start': names[0], 'relations': nouns, 'entities': names,
-      'gold_passages': tuple(world.passages[i].uid for i in path[:-1]),
-      'sub_questions': tuple(f'{name} {noun}' for name, noun in zip(names, nouns)),
-      'sub_answers': names[1:], 'famous': split == 'famous'}
+      'gold_passages': gold, 'sub_questions': tuple(f'{name} {noun}' for name, noun in zip(stated, nouns)),
+      'sub_answers': stated[1:], 'famous': split == 'famous'}
   return Question(f'{split}-{path[0]}-{".".join(nouns)}-{wording}',
-                  text_of.render_question(wording, names[0], nouns), names[-1:], meta)
+                  text_of.render_question(wording, names[0], nouns), names_of(world, stated[-1]), meta)
 
 
 def rename(world: World, rng: np.random.Generator) -> dict[str, str]:
@@ -237,8 +243,12 @@ def world_text(world: World, num_questions: int = 500, repeats: int = 8) -> list
   shortest = len(_chains(world, world.members['train'], min(world.preset.hops))[0])
   num = min(num_questions, 2 * shortest)              # the fewest chains are the shortest ones
   words = (*text_of.template_words(), *world.name_words, *world.famous_words)
+  nouns = NOUNS
+  if world.preset.years:
+    words += text_of.more_words()
+    nouns += tuple(relation.noun for relation in text_of.YEAR_RELATIONS)
   lines = [f' {passage.title} {passage.text}' for passage in world.passages]
   lines += [' ' + question.text for question in draw_questions(world, 'train', num, rng)]
-  lines += [f' take {noun} the {noun} is after {noun} done' for noun in NOUNS] * repeats
+  lines += [f' take {noun} the {noun} is after {noun} done' for noun in nouns] * repeats
   return lines + [' ' + ' '.join(words[i] for i in rng.permutation(len(words)))
                   for _ in range(repeats)]

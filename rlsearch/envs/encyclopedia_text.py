@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rlsearch.types import Question
+from rlsearch.types import Passage, Question
 
 
 class Relation(NamedTuple):
@@ -58,6 +58,19 @@ FILLERS = (
     'people still tell old stories .',
 )
 
+# What `standard` and `hard` add.  A relation a type, in the order of TYPES; years of the world's own calendar.
+YEAR_RELATIONS = (
+    Relation('release', 'film', 'year', 'was released in'),
+    Relation('birth', 'person', 'year', 'came to life in'),
+    Relation('founding', 'company', 'year', 'was set up in'),
+    Relation('charter', 'city', 'year', 'became free in'),
+)
+YEARS = (10, 99)                       # both included; two digits are three tokens
+ALIAS = '{name} is also called {alias} .'
+DIRECTIONS = ('earlier', 'later')
+RUMOUR = 'rumour says'                 # how a passage begins whose facts are false, and no other one
+RULE = Passage('rule', 'rumour', f'a passage that begins with {RUMOUR} is false , the true facts stand in another one .', 0.)
+
 SKELETON = ('start from', 'what do you reach if you take', 'the is', 'after', 'done')
 TAG_WORDS = ('think', 'search', 'answer', 'information')
 
@@ -71,6 +84,13 @@ def template_words() -> tuple[str, ...]:
   texts = [*(re.sub(r'{\w+}', ' ', template) for template in TEMPLATES),
            *(relation.phrase for relation in RELATIONS), *NOUNS, *SKELETON, '?', *FILLERS]
   return tuple(dict.fromkeys(' '.join(texts).split()))
+
+
+def more_words() -> tuple[str, ...]:
+  """All words but names and years that the other presets use beside template_words(), in a fixed order."""
+  texts = [*(f'{relation.noun} {relation.phrase}' for relation in YEAR_RELATIONS), re.sub(r'{\w+}', ' ', ALIAS),
+           *DIRECTIONS, RUMOUR, RULE.title, RULE.text, *TYPES, 'which has the , or ? is it and of']
+  return tuple(word for word in dict.fromkeys(' '.join(texts).split()) if word not in template_words())
 
 
 def render_fact(template: int, relation: Relation, subject: str, value: str) -> str:
@@ -98,6 +118,24 @@ def render_question(wording: int, start: str, nouns: Sequence[str]) -> str:
   return f'start from {start} take {path} ?'
 
 
+def render_comparison(wording: int, direction: str, noun: str, names: Sequence[str]) -> str:
+  """Which of two has the earlier or later year, as a question: `which has the earlier release , X or Y ?`.
+
+  The other wording is `X or Y , which has the earlier release ?`.
+  """
+  either = f'{names[0]} or {names[1]}'
+  return f'which has the {direction} {noun} , {either} ?' if wording == 0 else f'{either} , which has the {direction} {noun} ?'
+
+
+def render_intersection(wording: int, kind: str, nouns: Sequence[str], values: Sequence[str]) -> str:
+  """What two facts hold for, as a question: `which film has director X and studio Y ?`.
+
+  The other wording is `director X and studio Y , which film is it ?`.
+  """
+  both = f'{nouns[0]} {values[0]} and {nouns[1]} {values[1]}'
+  return f'which {kind} has {both} ?' if wording == 0 else f'{both} , which {kind} is it ?'
+
+
 def num_name_words(num_entities: int) -> int:
   """Size of the vocabulary of names: 240 words for 1,000 entities, growing with the square root.
 
@@ -106,11 +144,16 @@ def num_name_words(num_entities: int) -> int:
   return math.ceil(240 * math.sqrt(num_entities / 1000))
 
 
-def invent_words(num_words: int, rng: np.random.Generator) -> tuple[str, ...]:
+def invent_words(num_words: int, rng: np.random.Generator, refused: Sequence[str] = ()) -> tuple[str, ...]:
   """Distinct pronounceable capitalised words of five or six letters, none a word of the templates.
 
   Words are pairs from few syllables: with a vocabulary of about 1,000 pieces a byte-pair tokenizer
   has merges enough to make every word whole.
+
+  Args:
+    num_words: how many.
+    rng: chooses them.
+    refused: words that are no names either.
 
   Raises:
     ValueError: more words are wanted than the syllables give.
@@ -122,7 +165,7 @@ def invent_words(num_words: int, rng: np.random.Generator) -> tuple[str, ...]:
   firsts = [(open_ones + closed)[i]
             for i in rng.permutation(len(open_ones) + len(closed))[:num_syllables]]
   lasts = [closed[i] for i in rng.permutation(len(closed))[:num_syllables]]
-  refused = {*template_words(), *TAG_WORDS}
+  refused = {*template_words(), *TAG_WORDS, *refused}
   words = [first + last for first in firsts for last in lasts
            if first != last and first + last not in refused]
   if len(words) < num_words:
@@ -180,8 +223,9 @@ def redraw_question(question: Question, mapping: Mapping[str, str]) -> Question:
     raise ValueError(f'redraw_question: {question.uid} has been re-drawn already')
   meta = dict(question.meta, start=apply_names(mapping, question.meta['start']),
               names=mapping, names_back=invert(mapping))
-  for entry in ('entities', 'sub_questions', 'sub_answers'):
-    meta[entry] = tuple(apply_names(mapping, text) for text in meta[entry])
+  for entry in ('entities', 'sub_questions', 'sub_answers', 'clues'):
+    if entry in meta:
+      meta[entry] = tuple(apply_names(mapping, text) for text in meta[entry])
   return question._replace(
       text=apply_names(mapping, question.text), meta=meta,
       answers=tuple(apply_names(mapping, answer) for answer in question.answers))

@@ -10,7 +10,7 @@ import numpy as np
 
 from rlsearch.data import corpus, questions
 from rlsearch.data.questions import Source
-from rlsearch.envs import encyclopedia, encyclopedia_text, expert, retrieval
+from rlsearch.envs import encyclopedia, encyclopedia_kinds, encyclopedia_text, expert, retrieval
 from rlsearch.types import Passage, Question
 
 SPLITS = ('validation', 'test')
@@ -42,15 +42,15 @@ def embedded(*, preset: str, seed: int, num_entities: int, num_famous: int, num_
   """Returns the fictional encyclopaedia (envs.encyclopedia).
 
   Args:
-    preset: of the world.
+    preset: of the world: `demo`, `standard` or `hard` (envs.encyclopedia).
     seed: of the world and its questions.
     num_entities, num_famous: of the world.
     num_train: distinct training questions; they come round again in a fresh order.
     num_validation, num_test: questions of the other splits.
     redraw_names: a training question gets new names whenever it is asked, so that they cannot be learned by
       heart; a search maps its query back and its passages forward.
-    block: consecutive positions that hold questions of one number of hops, so that rows of a step are about
-      equally long.
+    block: consecutive positions that hold questions of one kind and number of hops, so that rows of a step are
+      about equally long.
     demonstrations: of the expert: `noise`, `clean_positions` (the first so many positions hold one-hop questions
       and no errors), `famous_every` (every so many blocks is one of closed-book questions about famous entities;
       0 never), `topk` and `title_weight` of its search, and `max_searches`.  None for questions alone.
@@ -59,8 +59,10 @@ def embedded(*, preset: str, seed: int, num_entities: int, num_famous: int, num_
   draw = lambda split, num, tag: encyclopedia.draw_questions(world, split, num, np.random.default_rng((tag, seed)))
   splits = {'validation': draw('validation', num_validation, 11), 'test': draw('test', num_test, 12)}
   train = draw('train', num_train, 13)
-  hops = sorted({q.meta['hops'] for q in train})
-  pools = {h: [q for q in train if q.meta['hops'] == h] for h in hops}
+  pools: dict[int, list[Question]] = {}                # 1, 2, 3 hops; then the other kinds
+  for question in sorted(train, key=encyclopedia_kinds.number):
+    pools.setdefault(encyclopedia_kinds.number(question), []).append(question)
+  kinds = list(pools)
   famous = encyclopedia.famous_questions(world) if num_famous else ()
   teach, every = None, 0
   if demonstrations is not None:
@@ -78,10 +80,10 @@ def embedded(*, preset: str, seed: int, num_entities: int, num_famous: int, num_
   def get(position: int) -> Question:
     number, place = divmod(position, block)
     clean = teach is not None and position < demonstrations['clean_positions']
-    kind = hops[0] if clean else 0 if every and number % every == every - 1 else hops[number % len(hops)]
+    kind = kinds[0] if clean else 0 if every and number % every == every - 1 else kinds[number % len(kinds)]
     pool = pools[kind] if kind else famous
     # Blocks of a kind follow one another through its pool.
-    mine = number if clean else number // (len(hops) if kind else every)
+    mine = number if clean else number // (len(kinds) if kind else every)
     epoch, i = divmod(mine * block + place, len(pool))
     rng = np.random.default_rng((15, seed, position))
     question = pool[order(kind, epoch)[i]]
@@ -125,6 +127,19 @@ def files(*, corpus_path: str, train: str, validation: str, test: str, format: s
   digest = hashlib.sha256((corpus.digest(passages) + repr((training, splits))).encode()).hexdigest()
   text = lambda: [f' {p.title}\n{p.text}' for p in passages] + [' ' + q.text for q in training]
   return Environment(questions.source(training, seed), splits, passages, text, digest)
+
+
+def with_gold_texts(env: Environment) -> Environment:
+  """Returns the environment with meta['gold_texts'], (title, text) of the gold passages in the question's own names."""
+  passages = {p.uid: p for p in env.passages}
+
+  def add(question: Question) -> Question:
+    names = question.meta.get('names', {})
+    found = tuple((encyclopedia_text.apply_names(names, passages[uid].title), encyclopedia_text.apply_names(names, passages[uid].text))
+                  for uid in question.meta.get('gold_passages', ()))
+    return question._replace(meta={**question.meta, 'gold_texts': found}) if found else question
+  splits = {split: tuple(map(add, questions)) for split, questions in env.splits.items()}
+  return env._replace(train=env.train._replace(get=lambda position: add(env.train.get(position))), splits=splits)
 
 
 __all__ = ['embedded', 'files']

@@ -1,0 +1,143 @@
+"""Runs variants over seeds from a shared cold start, each once, and gathers what they reached and cost.
+
+A row of results.csv is one (variant, seed) that finished; a stopped sweep goes on where it was, and a run that was
+stopped half way continues.  With several jobs every run has one thread.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+import csv
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import threading
+from typing import Any, NamedTuple
+
+import tqdm
+
+from experiments import variant as variant_lib
+from rlsearch import settings
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+COSTS = ('generated_tokens', 'prefilled_tokens', 'update_tokens', 'distinct_tokens', 'trained_tokens', 'judge_tokens',
+         'scored_tokens', 'retrievals', 'seconds_rl')
+COLUMNS = ('variant', 'seed', 'commit', 'em_before', 'em_after', 'em_1', 'em_2', 'em_3', 'questions', *COSTS,
+           'peak_memory_gib')
+_CSV = threading.Lock()
+
+
+class Variant(NamedTuple):
+  """One arm of an experiment."""
+  name: str
+  method: str
+  overrides: Mapping[str, Any]
+
+
+def spec(out: pathlib.Path, v: Variant, seed: int, scale: str = 'embedded') -> pathlib.Path:
+  """Writes the spec file of a run and returns its path."""
+  path = out / 'specs' / f'{v.name}-{seed}.json'
+  path.parent.mkdir(parents=True, exist_ok=True)
+  overrides = {k: list(x) if isinstance(x, tuple) else x for k, x in v.overrides.items()}
+  path.write_text(json.dumps({'method': v.method, 'scale': scale, 'overrides': {**overrides, 'seed': seed}}, indent=1))
+  return path
+
+
+def cold_key(path: pathlib.Path) -> str:
+  """Returns a digest of all in a run's first stage that its parameters depend on: equal ones share a cold start."""
+  stages = settings.stages(settings.plain(variant_lib.get_config(str(path))))
+  first = next(iter(stages.values()))
+  kept = {k: x for k, x in first.items() if k not in ('engine', 'judge', 'tools', 'evals', 'tensorboard', 'checkpoint')}
+  return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def train(path: pathlib.Path, workdir: pathlib.Path, one_thread: bool, *flags: str) -> None:
+  """Runs or continues a training; its words go to <workdir>.log.
+
+  Raises:
+    RuntimeError: it failed; the end of the log is shown.
+  """
+  env = {**os.environ, 'PYTHONPATH': str(ROOT)}
+  if one_thread:
+    env |= {'XLA_FLAGS': env.get('XLA_FLAGS', '') + ' --xla_cpu_multi_thread_eigen=false', 'OMP_NUM_THREADS': '1'}
+  command = [sys.executable, '-m', 'rlsearch.train', f'--config=experiments/variant.py:{path}', f'--workdir={workdir}',
+             '--cpu_devices=1', *flags]
+  workdir.parent.mkdir(parents=True, exist_ok=True)
+  with open(f'{workdir}.log', 'a') as log:
+    code = subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT).returncode
+  if code:
+    tail = '\n'.join(pathlib.Path(f'{workdir}.log').read_text().splitlines()[-15:])
+    raise RuntimeError(f'{workdir.name}: exit code {code}; {workdir}.log ends\n{tail}')
+
+
+def row(v: Variant, seed: int, workdir: pathlib.Path) -> dict[str, Any]:
+  """Returns the line of results.csv of a finished run."""
+  summary = json.loads((workdir / 'summary.json').read_text())
+  hops = summary['em_after_by_hops']
+  commit = json.loads((workdir / 'run.json').read_text())['commit']
+  return {**{k: summary.get(k) for k in COLUMNS}, 'variant': v.name, 'seed': seed, 'commit': commit,
+          **{f'em_{h}': hops.get(str(h)) for h in (1, 2, 3)}}
+
+
+def read(table: pathlib.Path) -> list[dict[str, str]]:
+  """Returns the rows of a results.csv; none if it is not there."""
+  if not table.exists():
+    return []
+  with table.open() as f:
+    return list(csv.DictReader(f))
+
+
+def append(table: pathlib.Path, line: Mapping[str, Any], columns: Sequence[str] = COLUMNS) -> None:
+  """Adds a line to results.csv, with the header if the file is new."""
+  with _CSV:
+    fresh = not table.exists()
+    with table.open('a', newline='') as f:
+      writer = csv.DictWriter(f, columns, extrasaction='ignore')
+      if fresh:
+        writer.writeheader()
+      writer.writerow(line)
+
+
+def sweep(out: pathlib.Path, variants: Sequence[Variant], seeds: Sequence[int], jobs: int) -> list[dict[str, str]]:
+  """Runs what results.csv does not have yet, `jobs` at a time, seed by seed; returns all rows.
+
+  Raises:
+    RuntimeError: a run failed; the others that were under way are finished and kept first.
+  """
+  table = out / 'results.csv'
+  done = {(r['variant'], int(r['seed'])) for r in read(table)}
+  todo = [(v, seed) for seed in seeds for v in variants if (v.name, seed) not in done]
+  specs = {(v.name, seed): spec(out, v, seed) for v, seed in todo}
+  cold = {}
+  for v, seed in todo:
+    cold.setdefault((cold_key(specs[v.name, seed]), seed), (v, seed))
+
+  def prepare(key):
+    v, seed = cold[key]
+    workdir = out / 'cold' / f'{key[0]}-{key[1]}'
+    train(specs[v.name, seed], workdir, jobs > 1, '--until=cold_start')
+
+  def one(v, seed):
+    path, workdir = specs[v.name, seed], out / 'runs' / f'{v.name}-{seed}'
+    source = out / 'cold' / f'{cold_key(path)}-{seed}'
+    for policy in (source / 'cold_start').glob('policy-*'):
+      if not (workdir / 'cold_start' / policy.name).exists():
+        shutil.copytree(policy, workdir / 'cold_start' / policy.name)
+        shutil.copy(source / 'tokenizer.model', workdir / 'tokenizer.model')
+    train(path, workdir, jobs > 1)
+    append(table, row(v, seed, workdir))
+
+  failures = []
+  with ThreadPoolExecutor(jobs) as pool:
+    for title, function, items in (('cold starts', prepare, [(key,) for key in cold]), ('runs', one, todo)):
+      futures = {pool.submit(function, *item): item for item in items}
+      for future in tqdm.tqdm(as_completed(futures), total=len(futures), desc=title, smoothing=0):
+        if future.exception() is not None:
+          failures.append(str(future.exception()))
+      if failures:
+        raise RuntimeError('\n\n'.join(failures))
+  return read(table)
