@@ -6,6 +6,8 @@ belongs to size: steps, batch, lengths, optimizer and rates, BM25 over the world
 method passes as `embedded`, and --config.a.b=value comes last.  `files` runs a small random model over questions and
 passages of your own: a check of the data and the loop, not a way to learn from them.
 """
+import copy
+
 from ml_collections import ConfigDict
 
 from configs import cold_start as standard
@@ -114,7 +116,7 @@ def _lay(over, c):
     if isinstance(value, dict) and isinstance(c.get(name), ConfigDict):
       _lay(value, c[name])
     else:
-      c[name] = value
+      c[name] = copy.deepcopy(value)                          # a config's changes stay its own
 
 
 def at(scale, c, embedded=None, cold_start=None):

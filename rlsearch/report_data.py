@@ -4,11 +4,12 @@ from __future__ import annotations
 import json
 import math
 import pathlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 METRICS, EVALS = 'metrics.jsonl', 'evals.jsonl'
-EPISODES, TRAIN_EPISODES = 'episodes-', 'train-episodes-'
+EPISODES, TRAIN_EPISODES, TREES = 'episodes-', 'train-episodes-', 'trees-'
 SPLITS, MODES = ('test', 'validation', 'train'), ('sampled', 'greedy')
 
 
@@ -18,6 +19,7 @@ class Stage(NamedTuple):
   evals: tuple[dict, ...]              # one an evaluation, in the order of their steps
   episodes: tuple[dict, ...]           # files of evaluation episodes, by step
   train_episodes: tuple[dict, ...]     # files of training episodes, by step
+  trees: tuple[dict, ...] = ()         # files of trees of step-level sampling, by step
 
 
 class Recorded(NamedTuple):
@@ -96,18 +98,18 @@ def _last_of(rows: Iterable[dict], names: tuple[str, ...]) -> tuple[dict, ...]:
   return tuple(sorted(kept.values(), key=lambda row: number(row['step'])))
 
 
-def _episode_files(folder: pathlib.Path, prefix: str, notes: list[str]) -> tuple[dict, ...]:
-  """Files of episodes by step; the file's name says the step."""
+def _files(folder: pathlib.Path, prefix: str, key: str, notes: list[str]) -> tuple[dict, ...]:
+  """Files that hold a list of `key` (episodes, trees) by step; the file's name says the step."""
   files = []
   for path in folder.glob(f'{prefix}*.json'):
     step = path.stem[len(prefix):]
     value = _load(path, notes)
-    if not step.isdigit() or not listing(value.get('episodes')):
+    if not re.fullmatch('[0-9]{1,12}', step) or not listing(value.get(key)):
       if value:
-        notes.append(f'{folder.name}/{path.name} holds no episodes; left out.')
+        notes.append(f'{folder.name}/{path.name} holds no {key}; left out.')
       continue
-    episodes = [e for e in value['episodes'] if isinstance(e, dict)]
-    files.append({**value, 'step': int(step), 'stage': folder.name, 'episodes': episodes})
+    found = [e for e in value[key] if isinstance(e, dict)]
+    files.append({**value, 'step': int(step), 'stage': folder.name, key: found})
   return tuple(sorted(files, key=lambda f: f['step']))
 
 
@@ -116,8 +118,9 @@ def _stage(folder: pathlib.Path, notes: list[str]) -> Stage:
       folder.name,
       _last_of(_lines(folder / METRICS, 'metrics', notes), ('step',)),
       _last_of(_lines(folder / EVALS, 'evaluations', notes), ('step', 'split', 'mode')),
-      _episode_files(folder, EPISODES, notes),
-      _episode_files(folder, TRAIN_EPISODES, notes))
+      _files(folder, EPISODES, 'episodes', notes),
+      _files(folder, TRAIN_EPISODES, 'episodes', notes),
+      _files(folder, TREES, 'trees', notes))
 
 
 def read(workdir: str | pathlib.Path) -> Recorded:
@@ -135,11 +138,11 @@ def read(workdir: str | pathlib.Path) -> Recorded:
   wanted = [s for s in (list(said) if isinstance(said, dict) else listing(said)) if isinstance(s, str)]
   folders = {p.name: p for p in sorted(root.iterdir()) if p.is_dir() and (
       p.name in wanted or (p / METRICS).exists() or (p / EVALS).exists() or
-      any(p.glob(f'*{EPISODES}*.json')))}
+      any(p.glob(f'*{EPISODES}*.json')) or any(p.glob(f'{TREES}*.json')))}
   if not folders:
     listed = f', and for {", ".join(wanted)} of config.json' if wanted else ''
     raise ValueError(f'--workdir={workdir}: no stage there; looked for sub-folders with {METRICS}, '
-                     f'{EVALS} or {EPISODES}<step>.json{listed}.')
+                     f'{EVALS}, {EPISODES}<step>.json or {TREES}<step>.json{listed}.')
   notes += [f'Stage {s} of config.json has no folder yet.' for s in wanted if s not in folders]
   order = [s for s in dict.fromkeys(wanted) if s in folders]
   order += [s for s in folders if s not in wanted]

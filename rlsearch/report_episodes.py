@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rlsearch.report_data import listing, mapping, number
@@ -18,8 +18,8 @@ _KINDS = {'fixed': 'wrong before, right after', 'kept': 'right both times',
           'broke': 'right before, wrong after', 'missed': 'wrong both times'}
 
 
-def _cut(text: Any, most: int) -> str:
-  """Escaped text of at most `most` characters."""
+def cut(text: Any, most: int) -> str:
+  """Returns escaped text of at most `most` characters."""
   text = clean(text)
   left = len(text) - most
   return esc(text[:most]) + (span('muted', f' … {left:,} more characters') if left > 0 else '')
@@ -39,17 +39,33 @@ def scale(files: Sequence[Mapping]) -> float:
   """Returns the advantage of the strongest colour: 95th percentile of sizes; 0 if none is given."""
   advantages = [a for f in files for e in f['episodes'] for turn in _turns(e)
                 for _, _, _, a in _tokens(turn)]
+  return strongest_of(advantages)
+
+
+def strongest_of(advantages: Iterable[float]) -> float:
+  """Returns the advantage of the strongest colour: 95th percentile of sizes; 0 if none is given."""
   sizes = sorted(abs(a) for a in advantages if math.isfinite(a) and a)
   return sizes[int(0.95 * (len(sizes) - 1))] if sizes else 0.
 
 
+def tint(advantage: float, strongest: float) -> str:
+  """Returns the class of an advantage's colour: p1 to p4 above zero, n1 to n4 below, else ''."""
+  if not (strongest and math.isfinite(advantage) and advantage):
+    return ''
+  return f'{"p" if advantage > 0 else "n"}{math.ceil(4 * min(1., abs(advantage) / strongest))}'
+
+
+def ramp(strongest: float) -> str:
+  """Returns the key to the colours of advantages; '' where strongest is 0."""
+  colours = ''.join(f'<i class="{sign}{k}"></i>'
+                    for sign, levels in (('n', (4, 3, 2, 1)), ('p', (1, 2, 3, 4))) for k in levels)
+  return (span('ramp', f'advantage −{strongest:.2g} {colours} +{strongest:.2g}') +
+          '<span>blue: made more likely; red: less</span>' if strongest else '')
+
+
 def legend(strongest: float) -> str:
   """Returns the key to the colours of tokens; without advantages where strongest is 0."""
-  ramp = ''.join(f'<i class="{sign}{k}"></i>'
-                 for sign, levels in (('n', (4, 3, 2, 1)), ('p', (1, 2, 3, 4))) for k in levels)
-  colours = (span('ramp', f'advantage −{strongest:.2g} {ramp} +{strongest:.2g}') +
-             '<span>blue: made more likely; red: less</span>' if strongest else '')
-  return (f'<div class="key">{colours}'
+  return (f'<div class="key">{ramp(strongest)}'
           '<span><span class="u">dotted</span>: sampled against odds (p &lt; ½)</span>'
           '<span><span class="f">grey</span>: forced, not chosen</span>'
           '<span class="star">★ gold passage</span><span>Point at a piece for its numbers.</span>'
@@ -67,8 +83,7 @@ def _piece(token: tuple[str, str, float, float], strongest: float) -> str:
     look += ['u'] * (logp < _UNLIKELY)
   if math.isfinite(advantage):
     tip.append(f'advantage {fmt(advantage)}')
-    level = math.ceil(4 * min(1., abs(advantage) / strongest)) if strongest else 0
-    look += [f'{"p" if advantage > 0 else "n"}{level}'] * (level > 0)
+    look += filter(None, [tint(advantage, strongest)])
   style = f' class="{" ".join(look)}"' if look else ''
   return f'<i{style} title="{" · ".join(tip)}">{esc(text)}</i>' if tip else esc(text)
 
@@ -79,14 +94,14 @@ def _said(turn: Mapping, strongest: float, budget: int) -> tuple[str, str, int]:
   own = [t for t in tokens if t[1] != 'observation']
   read = ''.join(t[0] for t in tokens if t[1] == 'observation')
   if not own:
-    return _cut(turn.get('text', ''), _TURN_CHARS), read, 0
+    return cut(turn.get('text', ''), _TURN_CHARS), read, 0
   shown, rest = own[:max(0, budget)], own[max(0, budget):]
   said = ''.join(_piece(t, strongest) for t in shown)
-  return said + _cut(''.join(t[0] for t in rest), _TURN_CHARS), read, len(shown)
+  return said + cut(''.join(t[0] for t in rest), _TURN_CHARS), read, len(shown)
 
 
-def _terms(rewards: Any) -> str:
-  """Reward terms that spoke, as chips."""
+def term_chips(rewards: Any) -> str:
+  """Returns the reward terms that spoke, as chips."""
   out = []
   for name, value in mapping(rewards).items():
     x = number(value)
@@ -96,8 +111,8 @@ def _terms(rewards: Any) -> str:
   return ''.join(out)
 
 
-def _passage(passage: Any, golds: set[str]) -> str:
-  """A passage with its title and score, marked where it is gold."""
+def passage_item(passage: Any, golds: set[str]) -> str:
+  """Returns a passage with its title and score, marked where it is gold."""
   p = mapping(passage)
   gold = p.get('gold') is True or str(p.get('uid')) in golds
   star, look = ('★ ', ' class="gold"') if gold else ('', '')
@@ -108,7 +123,7 @@ def _passage(passage: Any, golds: set[str]) -> str:
     body = f'<p>{esc(text)}</p>'
   else:
     body = (f'<details><summary>{esc(text[:_TEASER_CHARS])}…</summary>'
-            f'<p>{_cut(text, _PASSAGE_CHARS)}</p></details>')
+            f'<p>{cut(text, _PASSAGE_CHARS)}</p></details>')
   return f'<li{look}><b title="{tip}">{star}{esc(p.get("title", ""))}</b>{score}{body}</li>'
 
 
@@ -121,12 +136,12 @@ def _turn(index: int, turn: Mapping, golds: set[str], strongest: float,
   how = ' ' + span('muted', f'→ {esc(outcome)}') if outcome not in (None, '', 'ok') else ''
   parts = [f'<div class="n">turn {index + 1}</div><div class="said">{said}</div>',
            f'<p class="did">{esc(action.get("kind", "no action"))} {asked}{how}</p>']
-  if got := ''.join(_passage(p, golds) for p in listing(turn.get('passages'))):
+  if got := ''.join(passage_item(p, golds) for p in listing(turn.get('passages'))):
     parts.append(f'<ul class="got">{got}</ul>')
   if read.strip():
     parts.append('<details class="raw"><summary>what the policy read</summary>'
-                 f'<div class="said f">{_cut(read, _TURN_CHARS)}</div></details>')
-  if terms := _terms(turn.get('rewards')):
+                 f'<div class="said f">{cut(read, _TURN_CHARS)}</div></details>')
+  if terms := term_chips(turn.get('rewards')):
     parts.append(f'<div class="terms">{terms}</div>')
   return f'<li>{"".join(parts)}</li>', spent
 
@@ -148,7 +163,7 @@ def _path(label: str, episode: Mapping, strongest: float, budget: int) -> str:
   met = {str(mapping(p).get('uid')) for t in _turns(episode) for p in listing(t.get('passages'))}
   chips = span('chip', f'ended: {esc(episode.get("ended") or "unknown")}')
   chips += span('chip', f'gold passages {len(met & golds)}/{len(golds)}') if golds else ''
-  return (f'<section class="path {mood}"><h4>{esc(label)} {chips}{_terms(episode.get("rewards"))}'
+  return (f'<section class="path {mood}"><h4>{esc(label)} {chips}{term_chips(episode.get("rewards"))}'
           f'</h4><ol class="turns">{"".join(out)}</ol></section>')
 
 
@@ -164,8 +179,8 @@ def _box(episode: Mapping, kind: str, verdict: str, paths: Sequence[str], opened
           '</details>')
 
 
-def _tools(kinds: Sequence[str]) -> str:
-  """Buttons: which questions to show, and whether open."""
+def tools(kinds: Sequence[str]) -> str:
+  """Returns buttons: which questions to show, and whether open."""
   def button(data: str, text: str) -> str:
     return f'<button type="button" {data}>{text}</button>'
 
@@ -209,7 +224,7 @@ def before_after(before: Mapping | None, after: Mapping, most: int = NUM_QUESTIO
                   (False, False): 'missed'}.get((right(early.get(uid)), right(late[uid])), ''))
     verdict = ' → '.join(_mark(e) for _, _, e in shown)
     boxes.append(_box(late[uid], kinds[-1], verdict, paths, uid == uids[0]))
-  return f'<div>{_tools(kinds)}{_note(after)}{legend(strongest)}{"".join(boxes)}</div>'
+  return f'<div>{tools(kinds)}{_note(after)}{legend(strongest)}{"".join(boxes)}</div>'
 
 
 def training(file: Mapping, most: int = 24) -> str:
@@ -227,5 +242,5 @@ def training(file: Mapping, most: int = 24) -> str:
     boxes.append(_box(members[0], '', verdict, paths, not boxes))
   left = len(file['episodes']) - len(episodes)
   rest = f'<p class="muted">{left} more episodes are in the file.</p>' if left else ''
-  return (f'<div>{_tools([""] * len(boxes))}{_note(file)}{legend(strongest)}{"".join(boxes)}'
+  return (f'<div>{tools([""] * len(boxes))}{_note(file)}{legend(strongest)}{"".join(boxes)}'
           f'{rest}</div>')

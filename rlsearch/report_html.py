@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rlsearch import report_episodes, report_plots, report_sections, report_style
+from rlsearch import (report_episodes, report_plots, report_rewards, report_sections, report_style,
+                      report_trees)
 from rlsearch.report_data import (MODES, SPLITS, Recorded, episode_pair, eval_pair, mapping, names,
                                   number, series)
-from rlsearch.report_text import box, duration, esc, fmt, section, span, table
+from rlsearch.report_text import box, duration, esc, fmt, interval, section, span, table
 
 _MOST_METRICS, _MOST_NOTES = 250, 30
 
@@ -56,16 +57,6 @@ def _figures(summary: Mapping) -> str:
   return f'<div class="figures">{items}</div>' if big else ''
 
 
-def _interval(e: Mapping | None) -> str:
-  """Exact match with its interval."""
-  if e is None:
-    return '–'
-  low, high = e.get('em_low'), e.get('em_high')
-  known = math.isfinite(number(low)) and math.isfinite(number(high))
-  return (f'<b>{fmt(e.get("em"))}</b>' +
-          (' ' + span('muted', f'[{fmt(low)}, {fmt(high)}]') if known else ''))
-
-
 def _at(e: Mapping | None) -> str:
   return esc(f'{e.get("stage", "")} step {e["step"]}') if e else '–'
 
@@ -79,7 +70,7 @@ def _outcome(data: Recorded) -> str:
       gain = number(after.get('em')) - number(mapping(before).get('em'))
       sign = '+' if gain > 0 else ''
       look = span('good' if gain > 0 else 'bad', sign + fmt(gain)) if math.isfinite(gain) else '–'
-      rows.append((split, mode, fmt(after.get('num')), _interval(before), _interval(after), look,
+      rows.append((split, mode, fmt(after.get('num')), interval(before), interval(after), look,
                    _at(before), _at(after)))
   head = ('questions', 'decoding', 'number', 'before', 'after', 'gain', 'before is', 'after is')
   evaluated = f'<div class="card">{table(head, rows, 2)}</div>' if rows else ''
@@ -131,7 +122,7 @@ def _all_evals(data: Recorded) -> str:
     for e in stage.evals:
       words = (stage.name, e['step'], e.get('split', ''), e.get('mode', ''))
       values = (fmt(e.get(k)) for k in ('num', 'f1', 'searches', 'turns', 'tokens'))
-      rows.append((*map(esc, words), _interval(e), *values, duration(e.get('seconds'))))
+      rows.append((*map(esc, words), interval(e), *values, duration(e.get('seconds'))))
   head = ('stage', 'step', 'questions', 'decoding', 'exact match', 'number', 'F1', 'searches',
           'turns', 'tokens', 'time')
   return table(head, rows, 4) if rows else ''
@@ -163,7 +154,7 @@ def _training(data: Recorded) -> str:
                  for (stage, step), f in shown.items())
 
 
-def _notes(notes: tuple[str, ...]) -> str:
+def _notes(notes: Sequence[str]) -> str:
   """What could not be read."""
   items = ''.join(f'<li>{esc(n)}</li>' for n in notes[:_MOST_NOTES])
   left = len(notes) - _MOST_NOTES
@@ -173,12 +164,15 @@ def _notes(notes: tuple[str, ...]) -> str:
 
 def page(data: Recorded) -> str:
   """Returns the whole page for what a run recorded."""
+  trees = report_trees.trees(data)
   sections = (
       ('outcome', 'Outcome', 'Exact match before and after the last stage.', _outcome(data)),
       ('learning', 'Learning curves', 'Reward while training, and exact match at evaluations.',
        report_sections.learning(data)),
-      ('hops', 'By hops', 'Exact match by how many facts a question chains.',
-       report_sections.by_hops(data)),
+      ('rewards', 'Rewards', 'Every reward term, the weights that change, and the judgements that failed.',
+       report_rewards.rewards(data)),
+      ('hops', 'By hops and type', 'Exact match by how many facts a question chains, and by type where recorded.',
+       report_sections.by_kind(data)),
       ('behaviour', 'How it searches', 'What episodes look like while training.',
        report_sections.behaviour(data)),
       ('update', 'Update', 'Signs of health or trouble in the optimiser.',
@@ -189,15 +183,32 @@ def page(data: Recorded) -> str:
        _before_after(data)),
       ('credit', 'Credit', 'Training episodes, each token coloured by its advantage.',
        _training(data)),
+      *[('trees', 'Trees', 'Step-level sampling: the candidates of every step, and the one that went on.', trees)] *
+      bool(trees),
       ('all', 'Everything', 'All that was recorded, as numbers.', _everything(data)))
-  links = ''.join(f'<a href="#{uid}">{esc(title)}</a>' for uid, title, *_ in sections)
+  title = str(data.config.get('name') or data.name)
+  return shell(title, _header(data), sections, data.notes, data.name)
+
+
+def shell(title: str, header: str, sections: Sequence[tuple[str, str, str, str]], notes: Sequence[str],
+          source: str) -> str:
+  """Returns a whole page.
+
+  Args:
+    title: of the window; text.
+    header: HTML above the links.
+    sections: (id, title, lead, HTML) each; what no HTML is there for says so.
+    notes: what could not be read, in words.
+    source: what the page was made from, in words.
+  """
+  links = ''.join(f'<a href="#{uid}">{esc(name)}</a>' for uid, name, *_ in sections)
   body = ''.join(section(*s) for s in sections)
   return ('<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
           f'<meta http-equiv="Content-Security-Policy" content="{report_style.policy()}">'
           '<meta name="viewport" content="width=device-width, initial-scale=1">'
           '<meta name="referrer" content="no-referrer">'
-          f'<title>{esc(data.config.get("name") or data.name)} – report</title>'
-          f'<style>{report_style.CSS}</style></head><body>{_header(data)}'
-          f'<nav><div>{links}</div></nav><main>{_notes(data.notes)}{body}</main>'
-          f'<footer class="top">Made by rlsearch.report from {esc(data.name)}.'
+          f'<title>{esc(title)} – report</title>'
+          f'<style>{report_style.CSS}</style></head><body>{header}'
+          f'<nav><div>{links}</div></nav><main>{_notes(notes)}{body}</main>'
+          f'<footer class="top">Made by rlsearch.report from {esc(source)}.'
           f'</footer><script>{report_style.SCRIPT}</script></body></html>\n')

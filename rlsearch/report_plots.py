@@ -35,6 +35,7 @@ _STYLE = {
     'grid.color': _GRID, 'grid.linewidth': 0.7, 'ytick.major.size': 0, 'xtick.major.size': 3,
     'axes.titlesize': 8.5, 'axes.titlelocation': 'left', 'figure.facecolor': 'none',
     'axes.facecolor': 'none', 'lines.linewidth': 1.7, 'lines.solid_capstyle': 'round'}
+_DASHES = ('-', '--', ':', '-.')        # once the colours are used up; as in the page's legend
 _MOST_POINTS = 320                     # of a line; beyond, neighbours are averaged
 _HALF, _WIDE = (4.7, 2.35), (9.6, 2.7)  # inches; the page scales them
 
@@ -126,15 +127,18 @@ def _limits(ax, values: np.ndarray, bounds: tuple[float, float] | None, log: boo
   ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(_tick))
 
 
-def _panels(stages: Sequence[str], used: Sequence[int], size: tuple[float, float], sharey: bool):
+def _panels(stages: Sequence[str], used: Sequence[int], size: tuple[float, float], sharey: bool,
+            xlabel: str = 'step'):
   """(figure, one panel for each stage that has something to show, the last the widest)."""
   figure = matplotlib.figure.Figure(figsize=size, layout='constrained')
   axes = figure.subplots(1, len(used), sharey=sharey, squeeze=False,
                          width_ratios=[0.7] * (len(used) - 1) + [1])[0]
   for ax, i in zip(axes, used):
-    ax.set_xlabel('step')
+    ax.set_xlabel(clean(xlabel)[:60])
     ax.set_title(clean(stages[i])[:40])
-    ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
+    ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=xlabel == 'step'))
+    if xlabel != 'step':
+      ax.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(_tick))
   return figure, axes
 
 
@@ -142,6 +146,7 @@ def _draw(ax, curve: Curve, stage: int) -> None:
   """One curve of one stage, its interval as a band and lone points as dots."""
   x, y, *interval = (finite(v) for v in curve.points[stage])
   color, lone = _COLORS[curve.color % NUM_COLORS], np.isfinite(y).sum() < 3
+  dash = _DASHES[curve.color // NUM_COLORS % len(_DASHES)]
   if interval:
     ax.fill_between(x, *interval, color=color, alpha=0.16, linewidth=0)
     if lone:
@@ -150,16 +155,24 @@ def _draw(ax, curve: Curve, stage: int) -> None:
     ax.plot(thin(x), thin(y), color=color, alpha=0.3, linewidth=0.8)
     y = running_mean(y)
   dots = 'o' if curve.marker or lone else ''
-  ax.plot(thin(x), thin(y), color=color, marker=dots, markersize=3.4)
+  ax.plot(thin(x), thin(y), color=color, linestyle=dash, marker=dots, markersize=3.4)
 
 
 def lines(title: str, stages: Sequence[str], curves: Sequence[Curve], ylabel: str, note: str = '',
-          bounds: tuple[float, float] | None = None, log: bool = False) -> str:
+          bounds: tuple[float, float] | None = None, log: bool = False, xlabel: str = 'step',
+          wide: bool = False) -> str:
   """Returns a card with one panel a stage and all curves in each, or '' where no value is finite.
 
   Args:
+    title: of the card.
+    stages: titles of the panels, by the stage numbers of the curves.
+    curves: what is drawn; beyond eight colours, dashed.
+    ylabel: of the y axis.
+    note: under the plot.
     bounds: of the y axis, which the panels then share; None leaves it to the data.
     log: a logarithmic axis, where all values are positive and differ much.
+    xlabel: of the x axis; anything but 'step' may have fractions.
+    wide: over both columns of the page.
   """
   curves = [c._replace(points={i: p for i, p in c.points.items()
                                if np.isfinite(finite(p[1])).any()}) for c in curves]
@@ -168,16 +181,17 @@ def lines(title: str, stages: Sequence[str], curves: Sequence[Curve], ylabel: st
   if not used:
     return ''
   with matplotlib.rc_context(_STYLE):
-    figure, axes = _panels(stages, used, _HALF, bounds is not None)
+    figure, axes = _panels(stages, used, _WIDE if wide else _HALF, bounds is not None, xlabel)
     for ax, stage in zip(axes, used):
       here = [c for c in curves if stage in c.points]
       for curve in here:
         _draw(ax, curve, stage)
       _limits(ax, np.concatenate([finite(c.points[stage][1]) for c in here]), bounds, log)
-    axes[0].set_ylabel(ylabel)
+    axes[0].set_ylabel(clean(ylabel)[:60])
     named = len(curves) == 1 and curves[0].label.lower() in title.lower()
     keys = '' if named else legend([(c.label, c.color) for c in curves])
-    return card(title, keys + _svg(figure, f'{title}: {ylabel} over steps'), note)
+    over = 'steps' if xlabel == 'step' else xlabel
+    return card(title, keys + _svg(figure, f'{title}: {ylabel} over {over}'), note, wide)
 
 
 def stack(title: str, stages: Sequence[str], parts: Sequence[Curve], ylabel: str,
@@ -210,7 +224,7 @@ def stack(title: str, stages: Sequence[str], parts: Sequence[Curve], ylabel: str
       ax.set_ylim(0, limit)
       ax.margins(x=0)
       ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(_tick))
-    axes[0].set_ylabel(ylabel)
+    axes[0].set_ylabel(clean(ylabel)[:60])
     keys = legend([(p.label, p.color) for p in parts])
     return card(title, keys + _svg(figure, f'{title}: {ylabel} over steps'), ' '.join(cut), True)
 
@@ -220,7 +234,13 @@ def bars(title: str, groups: Sequence[str], rows: Sequence[tuple[str, int, Seque
   """Returns a card with grouped bars of shares and their whiskers.
 
   Args:
-    rows: (label, colour, [(value, low, high) for each group]); NaN where there is none.
+    title: of the card.
+    groups: what the bars stand over.
+    rows: (label, colour, [(value, low, high, *points) for each group]); NaN where there is none.
+      Points are drawn over the bar: the values that it is the mean of.
+    xlabel: what the groups are.
+    ylabel: what the values are.
+    note: under the plot.
   """
   with matplotlib.rc_context(_STYLE):
     figure = matplotlib.figure.Figure(figsize=_HALF, layout='constrained')
@@ -231,13 +251,18 @@ def bars(title: str, groups: Sequence[str], rows: Sequence[tuple[str, int, Seque
       x = np.arange(len(groups)) + (i - (len(rows) - 1) / 2) * width
       ax.bar(x, v, width * 0.92, color=_COLORS[color % NUM_COLORS], alpha=0.8)
       ax.vlines(x, low, high, color=_INK, linewidth=1)
+      for at, (_, _, _, *points) in zip(x, values):
+        spread = at + width * 0.5 * (np.arange(len(points)) - (len(points) - 1) / 2) / max(1, len(points))
+        ax.plot(spread, finite(points), 'o', color=_INK, alpha=0.6, markersize=2.6)
       for at, value, tip in zip(x, v, np.where(np.isfinite(high), high, v)):
         if np.isfinite(value):
           ax.annotate(f'{value:.2f}', (at, tip), (0, 2), textcoords='offset points', ha='center',
                       fontsize=7.5)
-    ax.set_xticks(range(len(groups)), [clean(g) for g in groups])
+    shown = [clean(g) if len(g) <= 22 else clean(g)[:21] + '…' for g in groups]
+    slant = {'rotation': 20, 'ha': 'right'} if len(groups) * max(map(len, shown)) > 60 else {}
+    ax.set_xticks(range(len(groups)), shown, **slant)
     ax.set_ylim(0, 1.08)
     ax.set_yticks(np.linspace(0, 1, 6))
-    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.set(xlabel=clean(xlabel)[:60], ylabel=clean(ylabel)[:60])
     keys = legend([(label, color) for label, color, _ in rows])
     return card(title, keys + _svg(figure, f'{title}: {ylabel} by {xlabel}'), note)

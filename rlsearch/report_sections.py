@@ -16,65 +16,67 @@ _END_COLORS = {'answered': 2, 'turn limit': 5, 'token budget': 1, 'observation t
 _TIMES = ('rollout', 'search', 'score', 'pack', 'update', 'eval', 'checkpoint', 'other')
 
 
-def _curve(data: Recorded, name: str, label: str, color: int, smooth: bool = True) -> Curve:
-  """The curve of a metric over all stages that have it."""
+def curve(data: Recorded, name: str, label: str, color: int, smooth: bool = True) -> Curve:
+  """Returns the curve of a metric over all stages that have it."""
   found = {i: series(s, name) for i, s in enumerate(data.stages)}
   return Curve(label, color, {i: xy for i, xy in found.items() if xy[0]}, smooth)
 
 
-def _eval_curve(data: Recorded, split: str, mode: str, keys: Sequence[str], label: str,
-                color: int) -> Curve:
-  """The curve of evaluations: their step and `keys`."""
+def eval_curve(data: Recorded, split: str, mode: str, keys: Sequence[str], label: str,
+               color: int) -> Curve:
+  """Returns the curve of evaluations: their step and `keys`."""
   points: dict[int, list] = {}
   for i, e in evals(data, split, mode):
     points.setdefault(i, []).append([number(e.get(k)) for k in ('step', *keys)])
   return Curve(label, color, {i: tuple(zip(*p)) for i, p in points.items()}, marker=True)
 
 
-def _prefixed(data: Recorded, prefix: str, most: int = 6, smooth: bool = True) -> list[Curve]:
-  """Curves of the first metrics whose name begins with prefix."""
+def prefixed(data: Recorded, prefix: str, most: int = 6, smooth: bool = True) -> list[Curve]:
+  """Returns curves of the first metrics whose name begins with prefix."""
   found = [n for n in names(data) if n.startswith(prefix)][:most]
-  return [_curve(data, n, n[len(prefix):], i, smooth) for i, n in enumerate(found)]
+  return [curve(data, n, n[len(prefix):], i, smooth) for i, n in enumerate(found)]
 
 
 def learning(data: Recorded) -> str:
   """Returns the training reward and the exact match at evaluations, by split and mode."""
   stages = [s.name for s in data.stages]
-  reward = [_curve(data, 'reward/combined', 'combined reward', 0),
-            _curve(data, 'reward/em', 'exact match', 2)]
+  reward = [curve(data, 'reward/combined', 'combined reward', 0),
+            curve(data, 'reward/em', 'exact match', 2)]
   cards = [report_plots.lines('Training reward', stages, reward, 'reward per episode',
                               'Faint: each step. Bold: running mean.')]
   for mode in MODES:
-    curves = [_eval_curve(data, split, mode, ('em', 'em_low', 'em_high'), split, c)
+    curves = [eval_curve(data, split, mode, ('em', 'em_low', 'em_high'), split, c)
               for c, split in enumerate(SPLITS)]
     cards.append(report_plots.lines(f'Evaluation, {mode}', stages, curves, 'exact match',
                                     'Bands: 95% interval.', (0, 1)))
-  terms = [c for c in _prefixed(data, 'reward/', 10) if c.label not in ('combined', 'em')]
-  cards.append(report_plots.lines('Other reward terms', stages, terms, 'reward per episode'))
   return grid(cards)
 
 
-def by_hops(data: Recorded) -> str:
-  """Returns exact match by hops before and after, of the first split that has it."""
+def _kinds(data: Recorded, key: str, what: str) -> list[str]:
+  """Cards of exact match by what evaluations hold under `key`, before and after, of the first split with it."""
   cards = []
   for mode in MODES:
     pairs = {split: eval_pair(data, split, mode) for split in SPLITS}
-    split = next((s for s, (_, e) in pairs.items() if mapping(mapping(e).get('by_hops'))), None)
+    split = next((s for s, (_, e) in pairs.items() if mapping(mapping(e).get(key))), None)
     if split is None:
       continue
-    cells = [mapping(mapping(e).get('by_hops')) for e in pairs[split]]
-    hops = sorted({h for c in cells for h in c}, key=lambda h: (len(h), h))[:8]
+    cells = [mapping(mapping(e).get(key)) for e in pairs[split]]
+    kinds = sorted({h for c in cells for h in c}, key=lambda h: (len(h), h) if what == 'hops' else (0, h))[:8]
     rows = []
     for e, by, label, color in zip(pairs[split], cells, ('before', 'after'), (7, 0)):
       if e:
-        values = [tuple(number(mapping(by.get(h)).get(k)) for k in ('em', 'low', 'high'))
-                  for h in hops]
+        values = [tuple(number(mapping(by.get(h)).get(k)) for k in ('em', 'low', 'high')) for h in kinds]
         rows.append((f'{label}: {e.get("stage", "")} step {e["step"]}', color, values))
-    nums = ', '.join(f'{h}: {fmt(mapping(cells[1].get(h)).get("num"))}' for h in hops)
+    nums = ', '.join(f'{h}: {fmt(mapping(cells[1].get(h)).get("num"))}' for h in kinds)
     cards.append(report_plots.bars(
-        f'Exact match by hops, {split} questions, {mode}', hops, rows, 'hops', 'exact match',
-        f'Whiskers: 95% interval. Questions by hops: {nums}.'))
-  return grid(cards)
+        f'Exact match by {what}, {split} questions, {mode}', kinds, rows, what, 'exact match',
+        f'Whiskers: 95% interval. Questions by {what}: {nums}.'))
+  return cards
+
+
+def by_kind(data: Recorded) -> str:
+  """Returns exact match by hops and by type of question, before and after, where recorded."""
+  return grid(_kinds(data, 'by_hops', 'hops') + _kinds(data, 'by_type', 'type'))
 
 
 def _ending_shares(data: Recorded) -> list[Curve]:
@@ -99,14 +101,14 @@ def behaviour(data: Recorded) -> str:
   split = next((s for s in SPLITS if evals(data, s, 'sampled')), 'test')
 
   def both(title: str, name: str) -> str:
-    curves = [_curve(data, f'rollout/{name}', 'training', 0),
-              _eval_curve(data, split, 'sampled', (name,), f'{split} questions, sampled', 1)]
+    curves = [curve(data, f'rollout/{name}', 'training', 0),
+              eval_curve(data, split, 'sampled', (name,), f'{split} questions, sampled', 1)]
     return report_plots.lines(title, stages, curves, name)
 
-  lengths = [_curve(data, 'rollout/response_tokens', 'written by the policy', 0),
-             _curve(data, 'rollout/observation_tokens', 'read from passages', 1)]
-  losses = [_curve(data, 'rollout/invalid_actions', 'invalid actions', 1),
-            _curve(data, 'rollout/rows_dropped', 'rows dropped', 3)]
+  lengths = [curve(data, 'rollout/response_tokens', 'written by the policy', 0),
+             curve(data, 'rollout/observation_tokens', 'read from passages', 1)]
+  losses = [curve(data, 'rollout/invalid_actions', 'invalid actions', 1),
+            curve(data, 'rollout/rows_dropped', 'rows dropped', 3)]
   return grid([
       both('Searches per question', 'searches'), both('Turns per question', 'turns'),
       report_plots.lines('Length', stages, lengths, 'tokens per episode'),
@@ -119,10 +121,9 @@ def update(data: Recorded) -> str:
   stages = [s.name for s in data.stages]
 
   def one(title: str, name: str, color: int, ylabel: str, note: str = '', log: bool = False) -> str:
-    curve = _curve(data, name, title, color, not log)
-    return report_plots.lines(title, stages, [curve], ylabel, note, log=log)
+    return report_plots.lines(title, stages, [curve(data, name, title, color, not log)], ylabel, note, log=log)
 
-  norms, rates = _prefixed(data, 'update/grad_norm/'), _prefixed(data, 'hyper/lr/', smooth=False)
+  norms, rates = prefixed(data, 'update/grad_norm/'), prefixed(data, 'hyper/lr/', smooth=False)
   return grid([
       one('Entropy', 'update/entropy', 0, 'nats per token'),
       one('KL', 'update/kl', 3, 'nats per token'),

@@ -48,7 +48,8 @@ nav a { color: var(--muted); text-decoration: none; white-space: nowrap; } nav a
 .grid { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1rem; }
 .card { margin: 0; padding: .9rem 1rem; min-width: 0; break-inside: avoid; } .card { display:
   flex; flex-direction: column; } .card svg.plot { margin-top: auto; }
-.card.wide { grid-column: 1 / -1; }
+.card.wide { grid-column: 1 / -1; } .card.wide th { white-space: normal; vertical-align: bottom; }
+.grid + .grid { margin-top: 1rem; }
 figcaption { font-size: .8rem; color: var(--muted); margin-top: .3rem; }
 svg.plot { display: block; width: 100%; height: auto; font-family: system-ui, "Segoe UI",
   Helvetica, Arial, sans-serif; }
@@ -58,7 +59,11 @@ svg.spark { width: 120px; height: 24px; display: block; } svg.spark path { fill:
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: .15rem 1rem; margin: 0 0 .35rem;
   padding: 0; font-size: .8rem; }
 .legend li { display: flex; align-items: center; gap: .4rem; }
-.legend i { width: 1rem; height: .24rem; border-radius: 2px; background: currentColor; }
+.legend i { width: 1rem; height: .24rem; border-radius: 2px; background: currentColor; flex: none; }
+.legend .d1 { background: repeating-linear-gradient(90deg, currentColor 0 6px, transparent 6px 8px); }
+.legend .d2 { background: repeating-linear-gradient(90deg, currentColor 0 2px, transparent 2px 4px); }
+.legend .d3 { background: repeating-linear-gradient(90deg, currentColor 0 6px, transparent 6px 7px,
+  currentColor 7px 9px, transparent 9px 10px); }
 .k0 { color: var(--c0); } .k1 { color: var(--c1); } .k2 { color: var(--c2); } .k3 { color:
   var(--c3); }
 .k4 { color: var(--c4); } .k5 { color: var(--c5); } .k6 { color: var(--c6); } .k7 { color:
@@ -91,7 +96,8 @@ button { font: inherit; font-size: .84rem; color: var(--ink); background: var(--
   button[aria-pressed="true"] { border-color: var(--accent); color: var(--accent); font-weight:
   600; }
 .chip { display: inline-block; font-size: .76rem; font-weight: 550; border: 1px solid var(--line);
-  border-radius: 99px; padding: 0 .55rem; white-space: nowrap; } .chip.good { border-color:
+  border-radius: 99px; padding: 0 .55rem; white-space: nowrap; max-width: 100%; overflow: hidden; text-overflow:
+  ellipsis; vertical-align: bottom; } .chip.good { border-color:
   var(--good); } .chip.bad { border-color: var(--bad); }
 .ask > summary { display: flex; flex-wrap: wrap; gap: .3rem .6rem; align-items: baseline;
   list-style: none; }
@@ -132,6 +138,28 @@ button { font: inherit; font-size: .84rem; color: var(--ink); background: var(--
   unicode-bidi: isolate; } .got p { margin: .2rem 0; }
 .got .gold { border-color: var(--gold); background: var(--goldbg); border-radius: 0 6px 6px 0; }
   .got .gold b { color: var(--gold); }
+.card.wide th, .card.wide td { padding-left: .55rem; padding-right: .55rem; }
+.step { border-left: 2px solid var(--line); margin: .35rem 0 .35rem .35rem; padding-left: .7rem; }
+.cand > .step { margin-left: .1rem; border-color: var(--accent); }
+.tree > .step { margin-left: 0; } .step.lost { border-left-style: dashed; }
+h5 { margin: .1rem 0; font-size: .74rem; font-weight: 550; letter-spacing: .04em; color: var(--muted); }
+.cands { list-style: none; margin: 0; padding: 0; } .cand > details { border-radius: 7px; }
+.cand > details > summary { display: flex; flex-wrap: wrap; gap: .15rem .45rem; align-items: baseline;
+  padding: .16rem .45rem; font-size: .86rem; list-style: none; border-radius: 7px; }
+.cand > details > summary::-webkit-details-marker { display: none; } .cand > details > summary:hover {
+  background: var(--code); }
+.cand > details[open] { padding-bottom: .4rem; } .cand > details > :not(summary) { margin-left: 1.6rem;
+  margin-right: .5rem; }
+.chosen > details { background: color-mix(in srgb, var(--accent) 9%, transparent); box-shadow: inset 3px 0 0
+  var(--accent); }
+.chosen > details > summary .tease { font-weight: 550; } .mark { color: var(--accent); display: inline-block;
+  min-width: 1em; }
+.tease { flex: 1 1 18rem; min-width: 0; overflow-wrap: anywhere; unicode-bidi: isolate; }
+.chip.forced { border: 1px dashed var(--muted); color: var(--muted); } .chip.star { border-color: var(--gold); }
+.chip.total { border-color: var(--ink); } .key .chip { line-height: 1.35; }
+td.sub { padding-left: 1.6rem; } tr.mean > * { background: var(--code); font-weight: 550; }
+.swatch { display: inline-block; width: .7rem; height: .7rem; border-radius: 2px; background: currentColor;
+  margin-right: .4rem; } main a { color: var(--accent); }
 .raw summary { font-size: .76rem; color: var(--muted); } .terms { display: flex; flex-wrap: wrap;
   gap: .3rem; }
 footer { color: var(--muted); font-size: .8rem; margin: 2.5rem auto 1.5rem; }

@@ -4,7 +4,7 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rlsearch.report_data import number
@@ -58,14 +58,27 @@ def duration(seconds: Any) -> str:
   return f'{whole // 3600} h {whole % 3600 // 60:02d} min'
 
 
+def interval(e: Mapping | None, keys: tuple[str, str, str] = ('em', 'em_low', 'em_high')) -> str:
+  """Returns a share in bold with its interval, of the entries `keys`; a dash where there is none."""
+  value, low, high = (number((e or {}).get(k)) for k in keys)
+  if not math.isfinite(value):
+    return '–'
+  known = math.isfinite(low) and math.isfinite(high)
+  return f'<b>{fmt(value)}</b>' + (' ' + span('muted', f'[{fmt(low)}, {fmt(high)}]') if known else '')
+
+
 def span(look: str, body: str) -> str:
   """Returns HTML in the style of a class."""
   return f'<span class="{look}">{body}</span>'
 
 
 def legend(entries: Sequence[tuple[str, int]]) -> str:
-  """Returns the legend of (label, colour) entries."""
-  items = ''.join(f'<li><i class="k{c % NUM_COLORS}"></i>{esc(text)}</li>' for text, c in entries)
+  """Returns the legend of (label, colour) entries; beyond eight colours the key is dashed, as the lines are."""
+  def dash(color: int) -> str:
+    again = color // NUM_COLORS % 4
+    return f' d{again}' if again else ''
+
+  items = ''.join(f'<li><i class="k{c % NUM_COLORS}{dash(c)}"></i>{esc(text)}</li>' for text, c in entries)
   return f'<ul class="legend">{items}</ul>' if items else ''
 
 
@@ -93,13 +106,20 @@ def section(uid: str, title: str, lead: str, body: str) -> str:
           (body or '<p class="empty">Nothing of this was recorded.</p>') + '</section>')
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-  """Returns a table whose first `left` columns are words; heads are text, cells are HTML."""
-  def row(cells: Sequence[str], tag: str) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, marked: Collection[int] = ()) -> str:
+  """Returns a table; heads are text, cells are HTML.
+
+  Args:
+    head: the titles of the columns.
+    rows: the cells.
+    left: how many columns, from the first, are words.
+    marked: the rows that stand out, by their number.
+  """
+  def row(cells: Sequence[str], tag: str, look: str = '') -> str:
     words, values = cells[:left], cells[left:]
-    return ('<tr>' + ''.join(f'<{tag} class="l">{c}</{tag}>' for c in words) +
+    return (f'<tr{look}>' + ''.join(f'<{tag} class="l">{c}</{tag}>' for c in words) +
             ''.join(f'<{tag}>{c}</{tag}>' for c in values) + '</tr>')
 
-  body = ''.join(row(r, 'td') for r in rows)
+  body = ''.join(row(r, 'td', ' class="mean"' if i in marked else '') for i, r in enumerate(rows))
   return ('<div class="scroll"><table><thead>' + row([esc(h) for h in head], 'th') +
           f'</thead><tbody>{body}</tbody></table></div>')

@@ -276,8 +276,7 @@ class SamplingPlan(NamedTuple):
   refill: Callable[[Forest], int]                              # fresh questions wanted once every tree stands still
   rows: Callable[[Forest], tuple[Row, ...]]
   scored_by: tuple[str, ...] = ()                              # reward terms behind scored=True
-  drawn: Callable[[Tree, Key], Mapping[int, tuple[float, bool]]] = lambda tree, key: {}
-         # for the record: by candidate its probability to go on, and whether it did
+  drawn: Callable[[Tree, Key], Mapping[int, tuple[float, bool]]] = lambda *_: {}  # candidate: p to go on, whether it did
 
 
 class RewardTerm(NamedTuple):

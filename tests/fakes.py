@@ -168,6 +168,68 @@ def counted(trained, prefix, group):
   return siblings, steps
 
 
+def ragged(rng: np.random.Generator, B: int = 16, T: int = 21, K: int = 3, unscored: float = 0.15,
+           soft: bool = False) -> Trajectories:
+  """Returns rows as plans leave them, in any order: whole trajectories, candidates of a step, branches of a tree.
+
+  Turns have 0 or 1 forced, 0 to 3 policy and 0 to 2 observation tokens.  Rows share prefixes, a row trains the turns
+  that are its own, and some rows could not be scored.  `soft` weighs observation and forced tokens too.
+  """
+  rows, made = [], []                                     # (group, path of nodes, first trained turn); roles by node
+  def node(last=False):
+    roles = [FORCED] * int(rng.integers(2)) + [POLICY] * int(rng.choice(4, p=[0.1, 0.4, 0.3, 0.2]))
+    made.append((roles or [POLICY]) + [OBSERVATION] * (0 if last else int(rng.integers(3))))
+    return len(made) - 1
+  while len(rows) < B:
+    group, turns = node(), int(rng.integers(1, K + 1))
+    if rng.random() < 0.5:
+      rows += [(group, [node(k == n - 1) for k in range(n)], 0) for n in rng.integers(1, K + 1, int(rng.integers(1, 5)))]
+      continue
+    kept = []
+    for depth in range(turns):
+      step = [node() for _ in range(int(rng.integers(1, 4)))]
+      rows += [(group, [*kept, i, *[node() for _ in range(int(rng.integers(K - depth)))]], depth) for i in step[:-1]]
+      rows.append((group, [*kept, step[-1]], depth))
+      kept.append(step[-1])
+  rows = [rows[i] for i in rng.permutation(B)]
+  a = {n: np.full((B, m), fill, dtype) for n, m, fill, dtype in (
+      ('tokens', T, 0, np.int32), ('valid', T, False, bool), ('role', T, 0, np.int8), ('loss_weight', T, 0, np.float32),
+      ('turn_index', T, -1, np.int32), ('turn_valid', K, False, bool), ('turn_trained', K, False, bool),
+      ('node_id', K, -1, np.int32), ('prefix_id', K, -1, np.int32))}
+  weight = np.float32([0, 1, 0.5, 0.3] if soft else [0, 1, 0, 0])
+  for b, (group, path, first) in enumerate(rows):
+    prompt = int(rng.integers(1, 4))
+    roles = np.array([PROMPT] * prompt + [r for i in path for r in made[i]])
+    n = len(roles)
+    a['turn_index'][b, :n] = [-1] * prompt + [k for k, i in enumerate(path) for _ in made[i]]
+    a['valid'][b, :n], a['role'][b, :n], a['tokens'][b, :n] = True, roles, rng.integers(2, 90, n)
+    a['node_id'][b, :len(path)], a['prefix_id'][b, :len(path)] = path, [group, *path[:-1]]
+    if rng.random() >= unscored:
+      a['turn_valid'][b, :len(path)], a['turn_trained'][b, first:len(path)] = True, True
+      a['loss_weight'][b, :n] = weight[roles] * (a['turn_index'][b, :n] >= first)
+  a['group_id'] = np.int32([group for group, *_ in rows])
+  a['behaviour_logp'] = np.where(a['role'] == POLICY, rng.uniform(-2, -0.1, (B, T)), 0).astype(np.float32)
+  a['siblings'], a['steps'] = counted(a['turn_trained'], a['prefix_id'], a['group_id'])
+  return Trajectories(**a)
+
+
+def terms(rng: np.random.Generator, traj: Trajectories) -> Rewards:
+  """Returns what two terms said, 'b' about last turns only, their weighted sum, and rubbish where no turn is valid."""
+  shape = traj.turn_valid.shape
+  last = np.arange(shape[1]) == traj.turn_valid.sum(1, keepdims=True) - 1
+  given = {'a': rng.random(shape) < 0.7, 'b': last | ~traj.turn_valid}
+  said = {n: (rng.normal(size=shape) * g).astype(np.float32) for n, g in given.items()}
+  weights = {'a': np.float32(0.5), 'b': np.float32(2.0)}
+  combined = sum(weights[n] * said[n] for n in said) * traj.turn_valid
+  return Rewards(said, given, weights, combined.astype(np.float32))
+
+
+def snapshot(rng: np.random.Generator, traj: Trajectories) -> Snapshot:
+  """Returns random constants of an update, rubbish off the trained tokens too."""
+  draw = lambda low, high: rng.uniform(low, high, traj.tokens.shape).astype(np.float32)
+  return Snapshot(draw(-3, -0.1), draw(-3, -0.1), draw(-1, 1))
+
+
 def with_rows(tree, extra: int):
   """Returns the tree with padding rows behind it, as pack.empty makes them."""
   fills = dict.fromkeys(('turn_index', 'node_id', 'prefix_id', 'group_id'), -1)

@@ -179,7 +179,7 @@ class TestMakeWorld:
     assert not nouns & set(' '.join(text_of.FILLERS).split())
 
   def test_errors_say_what_is_wanted(self):
-    with pytest.raises(ValueError, match=r"world.preset='hrad'; known: \['demo'\]"):
+    with pytest.raises(ValueError, match=r"world.preset='hrad'; known: \['demo', 'hard', 'standard'\]"):
       envs.make_world(0, preset='hrad')
     with pytest.raises(ValueError, match='4 famous entities .*wanted at least 8 or none'):
       envs.make_world(0, num_famous=4)

@@ -166,6 +166,34 @@ class TestSimple:
       at = np.arange(len(prefix), row.shape[1])
       np.testing.assert_allclose(mean, logp[at - 1, row[0, at]].mean(), atol=1e-5)
 
+  def test_logprob_is_independent_of_order_company_and_padding(self, on_one, on_eight):
+    # 21 sequences are three calls of 8 rows in two lengths; alone each is a call of its own.
+    rng = np.random.default_rng(1)
+    ids = lambda n: rng.integers(2, TOK.vocab_size, n).astype(np.int32)
+    prefixes, targets = [ids(int(n)) for n in rng.integers(1, 12, 21)], [ids(int(n)) for n in rng.integers(1, 5, 21)]
+    whole = on_one.logprob(prefixes, targets)
+    order = rng.permutation(21)
+    again = on_one.logprob([prefixes[i] for i in order], [targets[i] for i in order])
+    np.testing.assert_allclose(again, whole[order], atol=1e-6)
+    np.testing.assert_allclose([on_one.logprob([p], [t])[0] for p, t in zip(prefixes, targets, strict=True)], whole, atol=1e-6)
+    short = [i for i in range(21) if len(prefixes[i]) + len(targets[i]) <= 8]
+    found = on_eight.logprob([prefixes[i] for i in short], [targets[i] for i in short])
+    np.testing.assert_allclose(found, whole[short], atol=1e-5)
+    assert on_one.logprob([], []).shape == (0,)
+
+  def test_logprob_of_a_text_is_what_sampling_it_would_have_had(self, on_one):
+    # A turn's own log-probabilities, sampled at temperature 1, have the mean that logprob gives to its tokens.
+    wanted = [r._replace(forced_ids=np.zeros(0, np.int32)) for r in requests(temperature=1.0, longest=10)]
+    turns = sampled(on_one, wanted)
+    found = on_one.logprob([r.context_ids for r in wanted], [turns[r.uid].token_ids for r in wanted])
+    np.testing.assert_allclose(found, [turns[r.uid].logps.mean() for r in wanted], atol=1e-5)
+
+  def test_logprob_counts_what_it_read(self, on_one):
+    on_one.counts()
+    on_one.logprob([np.full(3, 3, np.int32), np.full(9, 3, np.int32)], [np.full(2, 4, np.int32)] * 2)
+    counts = on_one.counts()
+    assert counts['scored_tokens'] == 3 + 9 + 2 * 2 and counts['generated_tokens'] == counts['prefilled_tokens'] == 0
+
   def test_new_parameters_are_used_at_once(self, on_one):
     wanted, old = requests(), small.weights(MODEL.config)
     before = sampled(on_one, wanted)

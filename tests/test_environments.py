@@ -1,6 +1,7 @@
 """Questions by position from the embedded world and from files: pure, in blocks, under names of their own."""
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -172,6 +173,32 @@ class TestEmbedded:
     assert world().digest == plain.digest
     others = [world(seed=1), world(num_entities=204), world(num_train=60), world(num_test=15)]
     assert len({plain.digest, *(env.digest for env in others)}) == 5
+
+  @pytest.mark.parametrize('num_entities, seed, digest', [
+      (200, 0, 'c56fe89eed0768e1661f07ec7cf7cc4649b63a9698cb38102ef396eed9a92a9b'),
+      (200, 1, 'cc2098389faf624dc725c59b544a0f7ac00b9b6f0570808ceaa80f044f4e2a2f'),
+      (404, 1, 'b3882cef3f1059031abcaa32cf5a78ac2cbcda12d26f64bf9f55599bd0853380'),
+      (1000, 0, '94c49799294ddc320da398cd7f3a70e0a51fcbe9ad3b393eb9b3f4b120959f5f'),
+      (1000, 1, '7fded97c0d3ffc71c8e033b7e13660a723998f4e78745c437ac03e47a8c9fcfb'),
+      (2000, 0, '2eb25fa6c592aad9fff1eee4789c83f0dcebdf76c31af7098ec4c7d8f61c5f1f')])
+  def test_demo_is_for_ever_what_it_was(self, num_entities, seed, digest):
+    # Computed before there were other presets; a run that has begun goes on only in the same world.
+    assert world(num_entities=num_entities, seed=seed).digest == digest
+
+  @pytest.mark.parametrize('seed, digest', [
+      (0, 'cb56a0938f7022e9dbb0589407b38528637ada84a8b4228bf85a9c826e95b4e1'),
+      (1, '4a95c0b9ce4ec41e94a2745fb424cb97282357e277d2a092a3058e61d0aef673')])
+  def test_the_world_of_the_demo_is_too(self, seed, digest):
+    sizes = dict(num_entities=1000, num_train=5400, num_validation=256, num_test=512)
+    assert world(seed=seed, redraw_names=True, block=8, **sizes).digest == digest
+
+  def test_demonstrations_of_the_demo_are_too(self):
+    env = world(EXPERT, redraw_names=True)
+    questions = [env.train.get(position) for position in range(100)]
+    said = repr([(q.uid, q.text, q.answers, sorted(q.meta.items())) for q in questions])
+    assert hashlib.sha256(said.encode()).hexdigest() == '881265362fd10d69cc98dd47030915eaac8ee3c0939a1a6e4ed59638976c4093'
+    text = repr(list(env.text()))
+    assert hashlib.sha256(text.encode()).hexdigest() == 'b28e90973cccf256740a5b9cb72119ff7405b79e706119b4f64ed098a71ad7a3'
 
   def test_text_is_that_of_the_world(self, plain):
     assert list(plain.text()) == encyclopedia.world_text(encyclopedia.make_world(0, 200, num_famous=12))

@@ -63,6 +63,19 @@ class TestRecord:
     assert found['tokens'] == (3 * len(SEARCH) + 2 * len(RIGHT) + len(WRONG) + len('nothing')) / 4
     assert {h: (v['num'], v['em']) for h, v in found['by_hops'].items()} == {'1': (2, 0.5), '2': (2, 0.5)}
     assert found['by_hops']['1']['low'] == evaluate.wilson(1, 2)[0]
+    assert found['by_type'] == {'unknown': {'num': 4, 'em': 0.5, 'low': found['em_low'], 'high': found['em_high']}}
+
+  def test_by_type_by_hand(self):
+    found = self.record([
+        fakes.episode(RIGHT, hops=1, type='intersection'), fakes.episode(WRONG, hops=2, type='chain'),
+        fakes.episode(RIGHT, hops=2, type='comparison'), fakes.episode(WRONG, hops=2, type='comparison'),
+        fakes.episode(WRONG, hops=2, type='comparison'), fakes.episode(RIGHT)])
+    assert list(found['by_type']) == ['chain', 'comparison', 'intersection', 'unknown']
+    assert {t: (v['num'], v['em']) for t, v in found['by_type'].items()} == {
+        'chain': (1, 0), 'comparison': (3, 1 / 3), 'intersection': (1, 1), 'unknown': (1, 1)}
+    bounds = found['by_type']['comparison']
+    assert (bounds['low'], bounds['high']) == evaluate.wilson(1, 3) and set(bounds) == set(found['by_hops']['2'])
+    assert {h: v['num'] for h, v in found['by_hops'].items()} == {'0': 1, '1': 1, '2': 4}
 
   def test_episodes_that_a_service_cut_off_are_counted_apart(self):
     cut = fakes.episode(*searched(SEARCH, outcome=Outcome(TIMEOUT)), hops=1, ended=FAILED_SERVICE)
@@ -72,7 +85,7 @@ class TestRecord:
 
   def test_nothing_but_failures_is_no_exact_match_of_zero(self):
     found = self.record([fakes.episode(*searched(SEARCH, outcome=Outcome(TIMEOUT)), ended=FAILED_SERVICE)])
-    assert found['failed'] == 1 and found['num'] == 0 and found['by_hops'] == {}
+    assert found['failed'] == 1 and found['num'] == 0 and found['by_hops'] == found['by_type'] == {}
     assert (found['em_low'], found['em_high']) == (0, 1)
     assert found['em'] is None
 
@@ -89,6 +102,12 @@ class TestInWords:
     assert say(fakes.episode(RIGHT, hops=3)) == 'EM 1.000 [0.207, 1.000] on 1 questions, by hops 3:1.00'
     assert say(fakes.episode(RIGHT, hops=3), cut).endswith('3:1.00; 1 cut off by a failed service')
     assert say(cut, cut) == 'no question was finished; 2 cut off by a failed service'
+
+  def test_says_the_types_where_there_are_several(self):
+    say = lambda *episodes: evaluate.in_words(evaluate.record(episodes, step=0, split='test', mode='greedy', seconds=0))
+    one, other = fakes.episode(RIGHT, hops=3, type='chain'), fakes.episode(WRONG, hops=2, type='comparison')
+    assert 'type' not in say(one, one)
+    assert say(one, other).endswith('on 2 questions, by hops 2:0.00 3:1.00, by type chain:1.00 comparison:0.00')
 
 
 class TestExact:
@@ -126,8 +145,11 @@ class TestMakeEvaluation:
     assert [(x['step'], x['split'], x['mode'], x['num']) for x in lines] == [
         (0, 'test', 'sampled', 3), (0, 'test', 'greedy', 3), (2, 'validation', 'sampled', 2),
         (2, 'validation', 'greedy', 2), (4, 'test', 'sampled', 3), (4, 'test', 'greedy', 3)]
-    assert [name for name, _ in files] == ['episodes-0.json', 'episodes-4.json']
-    assert [len(record['episodes']) for _, record in files] == [2, 2]
+    assert [name for name, _ in files] == [
+        f'{what}-{step}{mode}.json' for step in (0, 4)
+        for what, mode in (('questions', '-sampled'), ('episodes', ''), ('questions', '-greedy'))]
+    assert [len(record['episodes']) for name, record in files if name.startswith('episodes')] == [2, 2]
+    assert all(record['em'] == {'q0': 1, 'q1': 1, 'q2': 1} for name, record in files if name.startswith('questions'))
     assert len(said) == 6 and 'EM 1.000' in said[0]
 
   def test_none_where_none_is_wanted(self):

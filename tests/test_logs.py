@@ -107,7 +107,8 @@ class TestRolloutMetrics:
     alive = np.array([e != FAILED_SERVICE for e in ends])
     given = np.tile([[False, True]], (len(ends), 1)) & alive[:, None]
     values = np.where(given, np.arange(len(ends), dtype=np.float32)[:, None], 0)
-    return logs.rollout_metrics({0: None}, episodes, Scored({'em': values}, {'em': given}, alive), outcomes or {}, max_failed_share)
+    return logs.rollout_metrics({0: None}, episodes, Scored({'em': values}, {'em': given}, alive, outcomes or {}),
+                                outcomes or {}, max_failed_share)
 
   def test_causes_add_up_and_rewards_are_of_the_scored(self):
     found = self.metrics(['answered', 'turn limit', FAILED_SERVICE, 'answered'])

@@ -14,7 +14,7 @@ import pytest
 from rlsearch import credit, method, objectives, rewards, sampling
 
 CONFIG = dict(
-    model=dict(reference=True), protocol=dict(name='search_r1', max_searches=2),
+    model=dict(reference=True, critic='none', reward='none'), protocol=dict(name='search_r1', max_searches=2),
     sampling=dict(name='independent', num_samples=4),
     rewards=dict(em=dict(name='exact_match')), combine=dict(name='weighted_sum'),
     credit=dict(name='group_relative', normalize_std=True),
@@ -75,11 +75,11 @@ class TestBuild:
 
   @pytest.mark.parametrize('path, value, message', [
       ('protocol.name', 'react', r"config.protocol.name='react'; known: ['search_r1']"),
-      ('sampling.name', 'tree', "config.sampling.name='tree'; known: ['demonstrations', 'independent']"),
-      ('rewards.em.name', 'bleu', "config.rewards.em.name='bleu'; known: ['exact_match', 'format_followed', 'gold_recall', 'token_f1']"),
+      ('sampling.name', 'tree', "config.sampling.name='tree'; known: ['demonstrations', 'independent', 'shared_prefix']"),
+      ('rewards.em.name', 'bleu', f"config.rewards.em.name='bleu'; known: {sorted(rewards.__all__)}"),
       ('combine.name', 'product', "config.combine.name='product'; known: ['weighted_sum']"),
-      ('credit.name', 'gae', "config.credit.name='gae'; known: ['group_relative', 'uniform']"),
-      ('objective.name', 'dpo', "config.objective.name='dpo'; known: ['clipped_surrogate', 'supervised']"),
+      ('credit.name', 'gea', f"config.credit.name='gea'; known: {sorted(credit.__all__)}"),
+      ('objective.name', 'dpo', f"config.objective.name='dpo'; known: {sorted(objectives.__all__)}"),
       ('schedule.lr', dict(name='step'), "config.schedule.lr.name='step'; known: ["),
       ('sampling.n', 3, "config.sampling (independent).n=3: unknown entry; known: ['num_samples']"),
       ('credit.gamma', 1.0, "config.credit (group_relative).gamma=1.0: unknown entry; known: ['ddof', 'eps', 'normalize_std']"),
@@ -91,7 +91,7 @@ class TestBuild:
       ('protocol', 'search_r1', "config.protocol='search_r1': wants an entry with a name; known: ['search_r1']"),
       ('combine', {}, "config.combine={}: wants an entry with a name; known: ['weighted_sum']"),
       ('protocol.max_searches', -1, 'config.protocol.max_searches=-1'),
-      ('objective.aggregate', 'rows', "config.objective.aggregate='rows'; known: ['sequence', 'token']"),
+      ('objective.aggregate', 'rows', "config.objective.aggregate='rows'; known: ['sequence', 'step_mean', 'step_sum', 'token']"),
       ('schedule.weights.f1', 1.0, "config.schedule.weights.f1: no such reward term; known: ['em']"),
   ])
   def test_bad_entries(self, path, value, message):
@@ -128,7 +128,11 @@ class TestCheck:
   def test_possible_configs_pass(self):
     method.check(CONFIG)
     method.check(config(**COLD))
-    method.check(config(model=dict(reference=False), schedule={**CONFIG['schedule'], 'kl_coef': 0.0}))
+    method.check(config(model={**CONFIG['model'], 'reference': False}, schedule={**CONFIG['schedule'], 'kl_coef': 0.0}))
+    prefixes = dict(name='shared_prefix', num_candidates=2, select_temperature=0.0, select_normalize_std=True, scored_by=('em',))
+    for assign in ('prefix_relative', 'turn_returns'):
+      method.check(config(sampling=prefixes, credit=dict(name=assign)))
+    method.check(but('credit', dict(name='gae', kl_coef=0.1), but('model.critic', 'separate', but('sampling.num_samples', 1))))
 
   @pytest.mark.parametrize('changed, message', [
       (but('model.reference', False), 'config.schedule.kl_coef=0.001: a divergence wants a reference; config.model.reference=False'),
@@ -150,7 +154,28 @@ class TestCheck:
       (but('train_roles', dict(policy=-1.0)), 'config.train_roles.policy=-1.0: wants a weight of 0 or more'),
       (but('schedule.kl_coef', 0.1, config(**COLD)),
        "config.schedule.kl_coef=0.1: config.objective.name='supervised' states no kl"),
+      (but('credit', dict(name='gae', gamma=1.0, lam=1.0, kl_coef=0.0, whiten=True)),
+       "config.credit.name='gae': wants a critic; config.model.critic='none'"),
+      (but('objective', dict(name='actor_critic', kl='k1')),
+       "config.objective.name='actor_critic': wants a critic; config.model.critic='none'"),
+      (but('credit', dict(name='leave_one_out', kl_coef=0.01), but('schedule.kl_coef', 0.0, but('model.reference', False))),
+       'config.credit.kl_coef=0.01: a divergence wants a reference; config.model.reference=False'),
+      (but('credit', dict(name='gae', kl_coef=0.5), but('schedule.kl_coef', 0.0, but(
+          'model', dict(reference=False, critic='shared', reward='none')))),
+       'config.credit.kl_coef=0.5: a divergence wants a reference; config.model.reference=False'),
+      (but('credit', dict(name='leave_one_out'), but('sampling.num_samples', 1)),
+       "config.sampling.num_samples=1: the baseline of config.credit.name='leave_one_out' is a group of at least 2"),
+      *[(but('credit', dict(name=name), but('sampling', dict(name='shared_prefix', scored_by=('em',)), but('model.critic', 'separate'))),
+         f"config.credit.name='{name}': sums over whole rows, but the rows of config.sampling.name='shared_prefix' share turns; "
+         'wants prefix_relative') for name in ('group_relative', 'leave_one_out', 'gae')],
+      *[(changed, f"config.model.reward={reward!r}, config.objective.name={objective!r}, config.credit.name={assign!r}: a reward "
+                  'module is trained by reward=trained, objective turn_score and credit turn_labels together')
+        for changed, reward, objective, assign in (
+            (but('model.reward', 'trained'), 'trained', 'clipped_surrogate', 'group_relative'),
+            (but('objective', dict(name='turn_score'), but('schedule.kl_coef', 0.0)), 'none', 'turn_score', 'group_relative'),
+            (but('credit', dict(name='turn_labels')), 'none', 'clipped_surrogate', 'turn_labels'))],
   ])
   def test_impossible_combinations(self, changed, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
       method.check(changed)
+    assert '\n' not in str(error.value)

@@ -74,6 +74,17 @@ class TestTokenF1:
     assert normalize.token_f1('x', []) == 0.
 
 
+class TestSetF1:
+
+  @pytest.mark.parametrize('prediction, golds, wanted', [
+      ('Barack Obama', ['Obama'], 2 / 3), ('Paris Paris', ['Paris'], 1.), ('x x y', 'x x', 2 / 3),    # a word counts once
+      ('the', ['a'], 0.), ('the cat', ['the dog'], .5),                                               # articles stay
+      ('1990-1995', ['1990 1995'], 1.), ("o'neil", ['o neil'], 1.), ('A.C. Milan', ['ac milan'], .4),  # punctuation is blank
+      ('new york city', ['New York', 'New York City, NY'], 6 / 7), ('', [''], 0.), ('x', [], 0.), ('x', 'x', 1.)])
+  def test_by_hand(self, prediction, golds, wanted):
+    assert normalize.set_f1(prediction, golds) == pytest.approx(wanted)
+
+
 class TestUsableAnswers:
 
   def test_drops_what_normalises_to_nothing(self):

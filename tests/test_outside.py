@@ -209,3 +209,39 @@ class TestErrors:
     tools = outside.make({}, LONG)
     tools.submit([])
     assert tools.poll(True) == []
+
+
+class TestOwnServices:
+
+  def test_no_deadline_and_one_batch(self):
+    begun, release, batches = threading.Event(), threading.Event(), []
+    def slow(calls):
+      batches.append(len(calls))
+      begun.set()
+      assert release.wait(20)
+      return [Outcome('ok', c.uid[1]) for c in calls]
+    hang = lambda calls: [Outcome('ok')] * len(calls) if release.wait(20) else None
+    tools = outside.make({'search': hang}, 0.05, max_batch=4, own={'logprob': slow})
+    tools.submit([Call((0, i), 'logprob', {}, {}) for i in range(10)] + [Call((1, 0), 'search', {}, {})])
+    assert begun.wait(10)
+    assert [(c.uid, o.kind) for c, o in tools.poll(True)] == [((1, 0), 'timeout')]        # the deadline of the other holds
+    assert tools.poll(False) == []
+    release.set()
+    found = []
+    while len(found) < 10:
+      found += tools.poll(True)
+    assert {c.uid[1]: o.value for c, o in found} == {i: i for i in range(10)} and batches == [10]
+
+  def test_waiting_for_own_services_alone(self):
+    # Nothing has a deadline then; poll(True) still waits for the answer.
+    tools = outside.make({}, 0.05, own={'logprob': lambda calls: [Outcome('ok', 1)] * len(calls)})
+    tools.submit([Call((0, 0), 'logprob', {}, {})])
+    assert [o.value for _, o in tools.poll(True)] == [1] and tools.poll(True) == []
+
+  def test_one_that_breaks_is_malformed_like_any_other(self, caplog):
+    tools = outside.make({}, 10.0, own={'logprob': lambda calls: 1 / 0})
+    tools.submit([Call((0, i), 'logprob', {}, {}) for i in range(3)])
+    found = []
+    while len(found) < 3:
+      found += tools.poll(True)
+    assert {o.kind for _, o in found} == {'malformed'} and 'tool logprob failed' in caplog.text

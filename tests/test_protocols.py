@@ -42,15 +42,25 @@ class TestTurns:
   def test_golden(self, case):
     raw, kept, kind, content = self.GOLDEN[case]
     assert cut(raw) == kept
-    assert DOCUMENTS.parse(raw) == (Action(kind, (content,)) if kind else INVALID)
+    found = DOCUMENTS.parse(raw)
+    assert (found.kind, found.content) == ((kind, (content,)) if kind else ('invalid', ()))
 
   @pytest.mark.parametrize('text', ['', 'hello', '<answer', '</answer>', '<information><answer>x</information>',
                                     '\ud800'])
   def test_anything_else_is_invalid(self, text):
-    assert DOCUMENTS.parse(text) == INVALID
+    assert DOCUMENTS.parse(text)._replace(thought='') == INVALID
+
+  @pytest.mark.parametrize('text, thought', [
+      ('<think>a</think><search>q</search>', 'a'), ('<think> a\nb </think>\n<answer>x</answer> tail', 'a\nb'),
+      ('<search>q</search>', ''), ('<think></think><search>q</search>', ''), ('a <think>b</think> c<search>q</search>', 'a  b  c'),
+      ('<think>abc <answer>x</answer>', 'abc'), ('hello', 'hello'), ('<think>never closed', 'never closed'), ('', ''),
+      ('<THINK>a</THINK><search>q</search>', '<THINK>a</THINK>'), ('<search>a<think>b</think></search>', ''),
+      ('<answer>b</answer><think>late</think>', ''), ('<sc<think>ore>1</score><search>q</search>', '<sc ore>1</score>')])
+  def test_thought_is_what_stands_before_the_action(self, text, thought):
+    assert DOCUMENTS.parse(text).thought == thought
 
   def test_pathological_text_is_parsed_in_time(self):
-    assert DOCUMENTS.parse('<search>' * 3000) == INVALID         # minutes if matching backtracked exponentially
+    assert DOCUMENTS.parse('<search>' * 3000).kind == 'invalid'  # minutes if matching backtracked exponentially
 
   def test_numbers(self):
     assert DOCUMENTS.max_turns == 2 and protocols.search_r1(max_searches=4).max_turns == 5
@@ -113,7 +123,7 @@ class TestInjection:
     for title, body in ((text, 'b'), ('a', text), (text, text), ('<', text), (text, '<')):
       observation = protocol.observe(SEARCH, passages((title, body), (title, body)), 1)
       assert [m.group() for m in TAG.finditer(observation)] == clean == ['<information>', '</information>']
-      assert DOCUMENTS.parse(observation) == INVALID
+      assert DOCUMENTS.parse(observation).kind == 'invalid'
       observation.encode()                                       # no lone surrogate is left
 
   @BOTH

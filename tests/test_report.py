@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html.parser
 import math
 import pathlib
 import re
@@ -11,42 +10,11 @@ import subprocess
 import sys
 
 import pytest
-from report_fakes import NASTY, STAGES, dump, fake_eval, fake_run
+from report_fakes import NASTY, STAGES, Reader, dump, fake_eval, fake_run
 
 from rlsearch import report, report_data, report_style
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-VOID = {'meta', 'br', 'hr', 'img', 'link', 'input'}
-
-
-class Reader(html.parser.HTMLParser):
-  """Collects what a browser would make of the page; fails on tags that do not match."""
-
-  def __init__(self, page: str):
-    super().__init__()
-    self.open, self.tags, self.attrs, self.texts = [], [], [], []
-    self.feed(page)
-    self.close()
-    assert not self.open
-
-  def handle_starttag(self, tag, attrs):
-    self.tags.append(tag)
-    self.attrs += [(tag, k, v) for k, v in attrs]
-    names = [k for k, _ in attrs]
-    assert len(names) == len(set(names))
-    if tag not in VOID:
-      self.open.append(tag)
-
-  def handle_startendtag(self, tag, attrs):
-    self.tags.append(tag)
-    self.attrs += [(tag, k, v) for k, v in attrs]
-
-  def handle_endtag(self, tag):
-    assert self.open and self.open.pop() == tag, tag
-
-  def handle_data(self, data):
-    if self.open[-1:] not in (['script'], ['style']):
-      self.texts.append(data)
 
 
 @pytest.fixture(scope='module')

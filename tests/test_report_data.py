@@ -25,8 +25,8 @@ class TestRead:
     path = run / STAGES[1] / 'metrics.jsonl'
     path.write_text(path.read_text() + '{"step": 5, "reward/em": 7.0}\n')
     stage = report_data.read(run).stages[1]
-    assert [m['step'] for m in stage.metrics] == [1, 2, 3, 4, 5, 6]
-    assert report_data.series(stage, 'reward/em')[1][4] == 7.
+    assert [m['step'] for m in stage.metrics] == [0, 1, 2, 3, 4, 5]
+    assert report_data.series(stage, 'reward/em')[1][5] == 7.
 
   def test_line_separator_inside_a_string_ends_no_line(self, tmp_path):
     run = fake_run(tmp_path)

@@ -6,15 +6,35 @@ import numpy as np
 import pytest
 
 from rlsearch import rewards
-from rlsearch.rewards import combine
+from rlsearch.rewards import combine, module
 from rlsearch.types import ENDS, FAILED_SERVICE, TURN_LIMIT, Outcome, Passage
 
-TERMS = {'exact_match': {}, 'token_f1': {}, 'format_followed': {}, 'gold_recall': {}}
+STEP = dict(scale=0.6, released_scaling=False)
+# Of every term its entries and the range of what it says.
+TERMS = {
+    'exact_match': ({}, 0, 1), 'token_f1': ({}, 0, 1), 'format_followed': ({}, 0, 1), 'gold_recall': ({}, 0, 1),
+    'evidence_gain': (STEP, 0, 0.6), 'redundancy': (STEP, -0.6, 0), 'sub_question_match': ({}, 0, 1),
+    'judge_thinking': ({}, -1, 1), 'judge_query': ({}, -1, 1), 'judge_answer': ({}, -1, 1),
+    'early_answer': (dict(budget=4, index_base=0), 0, 1),
+    'information_gain': (dict(form='probability', bridge='<answer>', target='{answer}</answer>'), -1, 1),
+    'trained_reward': (dict(link='logistic', bound='delta'), -1, 1)}
+TOOLS = {'judge_thinking': 'judge', 'judge_query': 'judge', 'judge_answer': 'judge', 'information_gain': 'logprob',
+         'trained_reward': 'reward_module'}
 OUTCOME_TERMS = ('exact_match', 'token_f1', 'format_followed')
 
 
+def make(name):
+  return getattr(rewards, name)(**TERMS[name][0])
+
+
+def answers(term, *episodes):
+  """Outcomes of all that a term wants asked: a judge's number, or a log-probability."""
+  return {c.uid: Outcome('ok', fakes.number(c.uid) % 3 - 1 if c.tool == 'judge' else -(fakes.number(c.uid) % 97) / 30)
+          for e in episodes for c in term.calls(e)}
+
+
 def score(term, *episodes):
-  return [None if said is None else list(said) for said in term.score(episodes, {})]
+  return [None if said is None else list(said) for said in term.score(episodes, answers(term, *episodes))]
 
 
 def last(term, response, answers):
@@ -113,6 +133,16 @@ class TestTokenF1:
     assert last(rewards.token_f1(missing=-1.0), '<think>t</think>', ['Paris']) == -1
     assert last(rewards.token_f1(missing=-1.0), '<answer>Rome</answer>', ['Paris']) == 0
 
+  @pytest.mark.parametrize('prediction, gold, wanted', [
+      ('Paris Paris', ['Paris'], 1.0), ('the', ['a'], 0.0), ('the cat', ['a cat'], 0.5), ('1990-1995', ['1990 1995'], 1.0),
+      ('', [''], 0.0), ('x', ['y', 'x z'], 2 / 3)])
+  def test_of_sets(self, prediction, gold, wanted):
+    assert last(rewards.token_f1(tokens='set'), f'<answer>{prediction}</answer>', gold) == pytest.approx(wanted)
+
+  def test_unknown_tokens(self):
+    with pytest.raises(ValueError, match=r"config.rewards: tokens='bag'; known: \['multiset', 'set'\]"):
+      rewards.token_f1(tokens='bag')
+
 
 class TestFormatFollowed:
 
@@ -140,6 +170,60 @@ class TestGoldRecall:
     assert sum(said) == 1
 
 
+class TestTrainedReward:
+
+  GOLDEN = [.9, .8, .95, .6]
+
+  def test_golden_clip(self):
+    assert module.clip(self.GOLDEN, .85) == pytest.approx([0, -.05, 0, -.25])
+
+  def test_golden_delta(self):
+    refined = module.delta(self.GOLDEN)
+    assert refined == pytest.approx([.1, -.15, .35, .6])
+    assert np.cumsum(refined[::-1])[::-1] == pytest.approx(self.GOLDEN)
+    assert np.cumsum(self.GOLDEN[::-1])[::-1] == pytest.approx([3.25, 2.35, 1.55, .6])
+
+  def test_golden_repeating_an_easy_step(self):
+    milked = [.9, .8, .95, .95, .95, .6]
+    assert sum(milked) == pytest.approx(5.15)
+    assert sum(module.delta(milked)) == pytest.approx(.9) and sum(module.clip(milked, .85)) == pytest.approx(-.3)
+
+  def said(self, values, **entries):
+    term = rewards.trained_reward(**{'link': 'identity', 'bound': 'none', **entries})
+    episode = fakes.episode(*['<search>q</search>'] * len(values))
+    outcomes = {c.uid: Outcome('ok', v) for c, v in zip(term.calls(episode), values, strict=True)}
+    return term.score([episode], outcomes)[0]
+
+  @pytest.mark.parametrize('bound, wanted', [
+      ('none', GOLDEN), ('clip', [0, -.05, 0, -.25]), ('delta', [.1, -.15, .35, .6]), ('clip_delta', [.05, -.05, .25, -.25])])
+  def test_bounds(self, bound, wanted):
+    entries = {'eta': .85} if 'clip' in bound else {}
+    assert self.said(self.GOLDEN, bound=bound, **entries) == pytest.approx(wanted)
+
+  def test_log_odds_of_any_size(self):
+    assert self.said([0.0, 1e9, -1e9, 2.0], link='logistic') == pytest.approx([.5, 1, 0, 1 / (1 + np.exp(-2))])
+
+  def test_reads_the_path_up_to_the_turns_own_tokens(self):
+    term, tok = rewards.trained_reward(link='identity', bound='none'), fakes.tokenizer()
+    first = fakes.turn('<search>q</search>', observation_ids=tok.encode('[seen]'), outcome=Outcome('ok'))
+    second = fakes.turn('<answer>x</answer>', observation_ids=tok.encode('[never read]'))
+    texts = [tok.decode(c.args['context_ids']) for c in term.calls(fakes.episode(first, second, text='Q?'))]
+    assert texts == ['Q?<search>q</search>', 'Q?<search>q</search>[seen]<answer>x</answer>']
+
+  def test_a_turn_that_a_plan_forced_is_left_out_of_the_chain(self):
+    term = rewards.trained_reward(link='identity', bound='delta')
+    episode = fakes.episode('<search>q</search>', '<search>r</search>', fakes.turn('<answer>x</answer>')._replace(forced=True))
+    outcomes = {c.uid: Outcome('ok', v) for c, v in zip(term.calls(episode), (.9, .5), strict=True)}
+    assert term.score([episode], outcomes)[0] == [pytest.approx(.4), .5, None]
+
+  @pytest.mark.parametrize('entries, message', [
+      (dict(link='exp'), "config.rewards: link='exp', bound='none'; known"), (dict(bound='min'), "bound='min'; known"),
+      (dict(eta=.5), "config.rewards: eta=0.5 with bound='none'; wants a bound that clips")])
+  def test_impossible_entries(self, entries, message):
+    with pytest.raises(ValueError, match=message):
+      rewards.trained_reward(**{'link': 'identity', 'bound': 'none', **entries})
+
+
 class TestEveryTerm:
 
   def test_table_covers_every_term(self):
@@ -147,17 +231,39 @@ class TestEveryTerm:
 
   @pytest.mark.parametrize('name', sorted(TERMS))
   def test_one_entry_per_turn_finite_and_in_order(self, name):
-    rng, term = np.random.default_rng(0), getattr(rewards, name)(**TERMS[name])
+    rng, term, (_, low, high) = np.random.default_rng(0), make(name), TERMS[name]
+    seen = [fakes.tokenizer().encode('seen')] + [None] * 4
     texts = ['<search>q</search>', 'junk', '', '<answer>Paris</answer>', '<answer></answer>',
-             '<answer>' + 'x ' * 500 + '</answer>']
-    episodes = [fakes.episode(*(texts[i] for i in rng.integers(0, 6, int(rng.integers(1, 5)))), gold_passages=('a',))
-                for _ in range(50)]
+             '<answer>' + 'x ' * 500 + '</answer>', '<think>t</think><search>Paris</search>']
+    episodes = []
+    for i in range(50):
+      turns = [fakes.turn(texts[j])._replace(observation_ids=seen[int(rng.integers(5))]) for j in rng.integers(0, 7, int(rng.integers(1, 5)))]
+      made = [t._replace(outcome=Outcome('ok'), passages=(Passage('a', 'T', f'text {i % 3} Paris', 1.),)) if t.action.kind == 'search' else t
+              for t in turns]
+      e = fakes.episode(*made, gold_passages=('a',), gold_texts=(('T', 'a text of Paris'),), sub_questions=('Paris', ('q', 'who')))
+      episodes.append(e._replace(keys=tuple((0, 0, i, 0, *[0] * (k + 1)) for k in range(len(made)))))
     together = score(term, *episodes)
     for episode, said in zip(episodes, together, strict=True):
       assert len(said) == len(episode.turns)
-      assert all(x is None or np.isfinite(x) and 0 <= x <= 1 for x in said)
+      assert all(x is None or np.isfinite(x) and low <= x <= high for x in said)
       assert [said] == score(term, episode)                    # what others said does not matter
-    assert all(term.calls(e) == () for e in episodes)
+    assert any(x not in (None, 0) for said in together for x in said)
+    asked = [c for e in episodes for c in term.calls(e)]
+    assert {c.tool for c in asked} == set(term.tools) == ({TOOLS[name]} if name in TOOLS else set())
+
+  @pytest.mark.parametrize('name', sorted(TOOLS))
+  @pytest.mark.parametrize('kind', ['timeout', 'malformed'])
+  def test_what_was_asked_in_vain_is_no_score(self, name, kind):
+    # One failed call of an episode, whichever: None for that episode, and nothing changes for another.
+    term = make(name)
+    turns = [search_turn('q', ['a'])._replace(observation_ids=fakes.tokenizer().encode('o')), '<answer>x</answer>']
+    one = fakes.episode(*turns)
+    other = one._replace(keys=tuple((0, 0, 7, *k[3:]) for k in one.keys))
+    for failed in term.calls(one):
+      outcomes = answers(term, one, other)
+      want = term.score([other], outcomes)[0]
+      outcomes[failed.uid] = Outcome(kind)
+      assert term.score([one, other], outcomes) == [None, want] and want is not None
 
   @pytest.mark.parametrize('name', OUTCOME_TERMS)
   def test_failed_service_is_not_scored(self, name):

@@ -103,11 +103,12 @@ def _draw_values(members: np.ndarray, types: np.ndarray, values: np.ndarray, sha
       continue                         # an empty subworld
     if relation.subject == relation.value:
       subjects = rng.permutation(subjects)            # one ring, so that none leads to itself
-      place = np.arange(len(subjects))
-      chosen = subjects[(place - place % sharing + sharing) % len(subjects)]
+      groups = len(subjects) // sharing
+      group = np.minimum(np.arange(len(subjects)) // sharing, groups - 1)
+      chosen = subjects[(group + 1) % groups * sharing]
     else:
       if sharing > 1:
-        candidates = rng.permutation(candidates)[:math.ceil(len(candidates) / sharing)]
+        candidates = rng.permutation(candidates)[:len(candidates) // sharing]
       rounds = math.ceil(len(subjects) / len(candidates))
       chosen = np.concatenate([rng.permutation(candidates) for _ in range(rounds)])[:len(subjects)]
     values[subjects, i % 2] = chosen

@@ -5,7 +5,7 @@ chain: sub-question i is answered in gold passage i by sub_answers[i], about rel
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import math
 
 import numpy as np
@@ -111,6 +111,13 @@ KINDS: Mapping[str, Kind] = {'comparison': comparisons, 'intersection': intersec
 ORDER = ('chain', *KINDS)
 
 
-def number(question: Question) -> int:
-  """Returns the hops of a chain; for another kind a number above every chain's, its own for each number of hops."""
-  return 1000 * ORDER.index(question.meta['type']) + question.meta['hops']
+def pools(questions: Sequence[Question]) -> dict[int, list[Question]]:
+  """Returns the questions of each kind and number of hops, in their order; first chains by hops, then the others.
+
+  The key of a chain is its hops; that of another kind is above every chain's.
+  """
+  number = lambda question: 1000 * ORDER.index(question.meta['type']) + question.meta['hops']
+  found: dict[int, list[Question]] = {}
+  for question in sorted(questions, key=number):
+    found.setdefault(number(question), []).append(question)
+  return found

@@ -21,7 +21,8 @@ class Preset(NamedTuple):
       a fact alone does not identify an entity, and two of them do.
     alias_share: of the entities with a second name.  Their passage says so in its first sentence and speaks of them by
       the second name; half of the passages that mention them do too.
-    twin_share: of the entities that share a word of their name with another entity of their type.
+    twin_share: at least, of the entities that share a word of their name, at the same place, with another one of their
+      type and subworld.
     rumour_share: at most, of the entities about which another passage tells what is false (see envs.encyclopedia).
   """
   hops: tuple[int, ...] = (1, 2, 3)
@@ -34,7 +35,7 @@ class Preset(NamedTuple):
   rumour_share: float = 0.
 
 
-_STANDARD = Preset(kinds=('comparison', 'intersection'), years=True, sharing=2, alias_share=.25, twin_share=.2)
+_STANDARD = Preset(kinds=('comparison', 'intersection'), years=True, sharing=2, alias_share=.25, twin_share=.5)
 PRESETS: Mapping[str, Preset] = {'demo': Preset(), 'standard': _STANDARD, 'hard': _STANDARD._replace(rumour_share=.4)}
 
 

@@ -59,9 +59,7 @@ def embedded(*, preset: str, seed: int, num_entities: int, num_famous: int, num_
   draw = lambda split, num, tag: encyclopedia.draw_questions(world, split, num, np.random.default_rng((tag, seed)))
   splits = {'validation': draw('validation', num_validation, 11), 'test': draw('test', num_test, 12)}
   train = draw('train', num_train, 13)
-  pools: dict[int, list[Question]] = {}                # 1, 2, 3 hops; then the other kinds
-  for question in sorted(train, key=encyclopedia_kinds.number):
-    pools.setdefault(encyclopedia_kinds.number(question), []).append(question)
+  pools = encyclopedia_kinds.pools(train)
   kinds = list(pools)
   famous = encyclopedia.famous_questions(world) if num_famous else ()
   teach, every = None, 0

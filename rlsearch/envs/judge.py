@@ -21,7 +21,7 @@ from rlsearch.types import MALFORMED, OK, REFUSED, TIMEOUT, Call, Outcome, Quest
 
 JudgeService = Callable[[Sequence[Call]], list[Outcome]]
 SCORES = (-1, 0, 1)
-_SCORE = re.compile(r'<score>(.*?)</score>', re.DOTALL)
+_SCORE = re.compile(r'<score>((?:(?!<score>).)*?)</score>', re.DOTALL)     # linear, whatever a reply repeats
 _INTEGER = re.compile(r'[+-]?[01]')
 _NOISE = 0x6a756467   # keeps this generator apart from others with the same coordinates
 
@@ -81,8 +81,8 @@ def http_judge(url: str, *, timeout_seconds: float, retries: int, max_prompts: i
     prompts = [call.args['prompt'] for call in calls]
     batches = lambda xs: [xs[i:i + max_prompts] for i in range(0, len(xs), max_prompts)]
     outcomes = [o for batch in batches(prompts) for o in ask(batch)]
-    unread = [i for i, o in enumerate(outcomes) if o.kind == MALFORMED]
-    if unread and len(unread) < len(calls):                  # once more, unless all failed: then the server is to blame
+    unread = [i for i, o in enumerate(outcomes) if o.kind == MALFORMED and o.cost]    # a reply came, without a score
+    if unread:
       again = [o for batch in batches([prompts[i] for i in unread]) for o in ask(batch)]
       for i, o in zip(unread, again, strict=True):
         outcomes[i] = o._replace(cost=o.cost + outcomes[i].cost)

@@ -32,10 +32,12 @@ def actor_critic(*, clip_low: float, clip_high: float, kl: str, aggregate: str, 
 
   def objective(out: PolicyOutputs, traj: Trajectories, credit: Credit, snapshot: Snapshot, hypers: Hypers):
     loss, metrics = policy(out, traj, credit, snapshot, hypers)
-    error = jnp.square(out.value - credit.value_target)
+    # Masked before squaring: what stands off the trained tokens has gradient 0, whatever it is.
+    value = jnp.where(traj.loss_weight > 0, out.value, 0.0)
+    error = jnp.square(value - credit.value_target)
     clipped_share = jnp.zeros_like(error)
     if value_clip:
-      clipped = snapshot.value + jnp.clip(out.value - snapshot.value, -value_clip, value_clip)
+      clipped = snapshot.value + jnp.clip(value - snapshot.value, -value_clip, value_clip)
       clipped_error = jnp.square(clipped - credit.value_target)
       clipped_share = (clipped_error > error).astype(error.dtype)
       error = jnp.maximum(error, clipped_error)

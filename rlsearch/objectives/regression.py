@@ -27,8 +27,9 @@ def turn_score(*, loss: str) -> ObjectiveFn:
 
   def objective(out: PolicyOutputs, traj: Trajectories, credit: Credit, snapshot: Snapshot, hypers: Hypers):
     del snapshot, hypers
-    weight = masked.turn_final(traj).astype(out.score.dtype)
-    score, label = out.score, credit.value_target
+    final = masked.turn_final(traj)
+    weight = final.astype(out.score.dtype)
+    score, label = jnp.where(final, out.score, 0.0), credit.value_target
     if loss == 'squared':
       error, right = jnp.square(score - label), jnp.abs(score - label) < 0.5
     else:

@@ -34,12 +34,12 @@ def information_gain(*, form: str, bridge: str, target: str) -> RewardTerm:
     target: text of the answer with {answer}, as the protocol writes it behind the bridge.
 
   Raises:
-    ValueError: an unknown form, or a target without {answer}.
+    ValueError: an unknown form, or a target without {answer} or with other braces.
   """
   if form not in FORMS:
     raise ValueError(f'config.rewards: form={form!r}; known: {list(FORMS)}')
-  if '{answer}' not in target:
-    raise ValueError(f'config.rewards: target={target!r}; wants {{answer}} in it')
+  if '{answer}' not in target or target.count('{') > 1 or target.count('}') > 1:
+    raise ValueError(f'config.rewards: target={target!r}; wants {{answer}} in it, and no other braces')
 
   def steps(episode: Episode) -> list[tuple[int, tuple]]:
     """The prefixes that are scored, as (last turn, uid of the call)."""

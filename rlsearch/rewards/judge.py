@@ -35,14 +35,18 @@ ANSWER = (
         one='1 when it says the same', zero='0 when it is partly right or ambiguous', minus='-1 when it is wrong'))
 
 
+def span(text: str) -> str:
+  """Returns a text as one line without tags: it can forge neither a score nor the lines of another span."""
+  return ' '.join(neutralize(text, TAGS).split())
+
+
 def context(episode: Episode, k: int, retrieved_chars: int) -> str:
   """Returns what a judge sees of the steps before turn k."""
-  clean = lambda text: neutralize(text, TAGS)
-  lines = [f'Question: {clean(episode.question.text)}']
+  lines = [f'Question: {span(episode.question.text)}']
   for turn in episode.turns[:k]:
     found = ' '.join(f'{p.title}: {p.text}' if p.title else p.text for p in turn.passages)
-    lines += [f'Thinking: {clean(turn.action.thought)}', f'Query: {clean(" ".join(turn.action.content))}',
-              f'Retrieved: {clean(found)[:retrieved_chars]}']
+    lines += [f'Thinking: {span(turn.action.thought)}', f'Query: {span(" ".join(turn.action.content))}',
+              f'Retrieved: {span(found)[:retrieved_chars]}']
   return '\n'.join(lines)
 
 
@@ -92,7 +96,7 @@ def judge_thinking(*, retrieved_chars: int = 300) -> RewardTerm:
   """
   def prompt(episode, k):
     return THINKING.format(context=context(episode, k, retrieved_chars),
-                           thought=neutralize(episode.turns[k].action.thought, TAGS))
+                           thought=span(episode.turns[k].action.thought))
   return _judged('think', prompt, lambda turn: True, lambda turn: None)
 
 
@@ -100,8 +104,8 @@ def judge_query(*, retrieved_chars: int = 300) -> RewardTerm:
   """Returns the judge's score of each search, -1, 0 or 1; -1, unasked, for a turn that is neither search nor answer."""
   def prompt(episode, k):
     action = episode.turns[k].action
-    return QUERY.format(context=context(episode, k, retrieved_chars), thought=neutralize(action.thought, TAGS),
-                        query=neutralize(' '.join(action.content), TAGS))
+    return QUERY.format(context=context(episode, k, retrieved_chars), thought=span(action.thought),
+                        query=span(' '.join(action.content)))
   return _judged('query', prompt, lambda turn: turn.action.kind == 'search',
                  lambda turn: float(LOWEST) if turn.action.kind == 'invalid' else None)
 
@@ -109,8 +113,8 @@ def judge_query(*, retrieved_chars: int = 300) -> RewardTerm:
 def judge_answer(*, retrieved_chars: int = 300) -> RewardTerm:
   """Returns the judge's score of each answer against the first gold answer, -1, 0 or 1."""
   def prompt(episode, k):
-    return ANSWER.format(context=context(episode, k, retrieved_chars), gold=neutralize(episode.question.answers[0], TAGS),
-                         answer=neutralize(episode.turns[k].action.content[0], TAGS))
+    return ANSWER.format(context=context(episode, k, retrieved_chars), gold=span(episode.question.answers[0]),
+                         answer=span(episode.turns[k].action.content[0]))
   return _judged('answer', prompt, lambda turn: turn.action.kind == 'answer', lambda turn: None)
 
 

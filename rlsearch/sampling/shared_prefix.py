@@ -59,17 +59,7 @@ def shared_prefix(*, num_candidates: int, select_temperature: float, select_norm
     raise ValueError('config.sampling.scored_by=(): wants the reward terms that choose among candidates')
 
   def step(tree: Tree, i: int, key: Key) -> tuple[dict[int, float], int] | None:
-    """The probabilities of node i's children and the one that goes on; None while something is out, or none can."""
-    children = [j for j, node in enumerate(tree.nodes) if node.parent == i]
-    if len(children) < tree.nodes[i].asked or any(tree.nodes[j].score is None for j in children):
-      return None
-    fit = sorted((j for j in children if tree.nodes[j].score.kind == OK), key=lambda j: tree.nodes[j].path)
-    if not fit:
-      return None
-    p = selection([tree.nodes[j].score.value for j in fit], select_temperature, select_normalize_std)
-    coordinates = (*key, *tree.nodes[i].path)
-    rng = np.random.default_rng((_SELECT, len(coordinates), *coordinates))
-    return dict(zip(fit, p.tolist(), strict=True)), fit[int(rng.choice(len(fit), p=p))]
+    return _step(tree, i, key, select_temperature, select_normalize_std)
 
   def expand(tree: Tree, key: Key) -> tuple[Expansion, ...]:
     wanted = []
@@ -95,6 +85,20 @@ def shared_prefix(*, num_candidates: int, select_temperature: float, select_norm
     return {j: (p, j == goes_on) for found in steps if found is not None for goes_on in [found[1]] for j, p in found[0].items()}
 
   return SamplingPlan(expand, lambda forest: 0, rows, tuple(scored_by), drawn)
+
+
+def _step(tree: Tree, i: int, key: Key, temperature: float, normalize_std: bool) -> tuple[dict[int, float], int] | None:
+  """The probabilities of node i's children and the one that goes on; None while something is out, or none can."""
+  children = [j for j, node in enumerate(tree.nodes) if node.parent == i]
+  if len(children) < tree.nodes[i].asked or any(tree.nodes[j].score is None for j in children):
+    return None
+  fit = sorted((j for j in children if tree.nodes[j].score.kind == OK), key=lambda j: tree.nodes[j].path)
+  if not fit:
+    return None
+  p = selection([tree.nodes[j].score.value for j in fit], temperature, normalize_std)
+  coordinates = (*key, *tree.nodes[i].path)
+  rng = np.random.default_rng((_SELECT, len(coordinates), *coordinates))
+  return dict(zip(fit, p.tolist(), strict=True)), fit[int(rng.choice(len(fit), p=p))]
 
 
 def _rows(q: int, tree: Tree, root: int) -> list[Row]:
