@@ -29,7 +29,7 @@ def get_config():
   c.judge = dict(name='none')
   c.reward_module = dict(stage='')
   c.tools = dict(deadline_seconds=60.0)
-  c.engine = dict(name='simple', rows=64, contexts=(2048, 4096), max_new_tokens=512)
+  c.engine = dict(name='simple', rows=64, contexts=(512, 1024, 2048, 4096), max_new_tokens=512)
   c.length = dict(prompt=2048, turn=500, observation=500, total=4096, buckets=((64, 4096),))
   c.combine = dict(name='weighted_sum')
   c.train_roles = dict(policy=1.0)
@@ -47,7 +47,7 @@ def _qwen(variant):
   return dict(
       model=dict(variant=variant, tokenizer=dict(path='')),
       retriever=ConfigDict(dict(name='http', url='http://127.0.0.1:8000/retrieve', topk=3)),
-      engine=dict(rows=256, contexts=(512, 1024, 2048, 4096), max_new_tokens=512),
+      engine=dict(rows=256),
       updates=dict(microbatch_rows=64))
 
 

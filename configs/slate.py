@@ -14,6 +14,7 @@ def get_config(scale='embedded'):
   c.model.lora = dict(rank=16, alpha=64)
   c.steps = 500
   c.data.questions_per_step = 32
+  c.tools.deadline_seconds = 600.0
   c.judge = dict(name='http', url='http://127.0.0.1:9000/generate', timeout_seconds=120.0, retries=3, max_prompts=256)
 
   c.protocol = dict(name='search_r1', max_searches=4)

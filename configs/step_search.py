@@ -15,6 +15,7 @@ def get_config(scale='embedded'):
   c.steps = 1120
   c.data.questions_per_step = 128
   c.length.update(turn=800, observation=800)
+  c.engine.max_new_tokens = 800
   c.retriever.topk = 3
 
   c.protocol = dict(name='search_r1', max_searches=5)

@@ -15,6 +15,7 @@ def get_config(scale='embedded'):
   c.steps = 1005
   c.data.questions_per_step = 512
   c.retriever.topk = 3
+  c.tools.deadline_seconds = 600.0
   c.judge = dict(name='http', url='http://127.0.0.1:9000/generate', timeout_seconds=120.0, retries=3, max_prompts=256)
   c.reward_module = dict(stage='reward_module')
 

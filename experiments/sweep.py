@@ -5,7 +5,7 @@ stopped half way continues.  With several jobs every run has one thread.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 import csv
 import hashlib
@@ -18,6 +18,7 @@ import sys
 import threading
 from typing import Any, NamedTuple
 
+from absl import app, flags
 import tqdm
 
 from experiments import variant as variant_lib
@@ -141,3 +142,33 @@ def sweep(out: pathlib.Path, variants: Sequence[Variant], seeds: Sequence[int], 
       if failures:
         raise RuntimeError('\n\n'.join(failures))
   return read(table)
+
+
+def run(name: str, variants: Callable[[int, int], list[Variant]], report: Callable[[pathlib.Path, list, list], None]) -> None:
+  """The command line of a sweep: reads the flags, runs what is left, reports.
+
+  Args:
+    name: of the experiment's folder.
+    variants: (steps, questions) -> arms.
+    report: (folder, rows, seeds) writes table, plot and conclusion.
+  """
+  flags.DEFINE_string('out', f'runs/experiments/{name}', 'Folder of the runs.')
+  flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds.')
+  flags.DEFINE_integer('steps', 12, 'Steps of reinforcement learning; the rate falls over them.', lower_bound=2)
+  flags.DEFINE_integer('questions', 256, 'Test questions before and after.', lower_bound=1)
+  flags.DEFINE_integer('jobs', 2, 'Runs at a time, of one thread each where more than 1.', lower_bound=1)
+  flags.DEFINE_list('only', [], 'Variants to run; all without it.')
+
+  def main(argv):
+    if len(argv) > 1:
+      raise app.UsageError(f'unknown argument {argv[1]!r}')
+    said = flags.FLAGS
+    if not all(s.isdigit() for s in said.seeds):
+      raise app.UsageError(f'--seeds={said.seeds}: wants whole numbers')
+    out, seeds, arms = pathlib.Path(said.out).absolute(), [int(s) for s in said.seeds], variants(said.steps, said.questions)
+    unknown = set(said.only) - {v.name for v in arms}
+    if unknown:
+      raise app.UsageError(f'--only={sorted(unknown)}: no such variant; known: {[v.name for v in arms]}')
+    out.mkdir(parents=True, exist_ok=True)
+    report(out, sweep(out, [v for v in arms if not said.only or v.name in said.only], seeds, said.jobs), seeds)
+  app.run(main)

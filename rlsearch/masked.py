@@ -51,9 +51,11 @@ def spread(per_turn: jax.Array, traj: Trajectories) -> jax.Array:
 def turn_final(traj: Trajectories) -> jax.Array:
   """Returns bool[B, T]: the last trained token of every turn that has one."""
   trained = traj.loss_weight > 0
-  following = jnp.pad(trained[:, 1:], ((0, 0), (0, 1)))
-  same_turn = traj.turn_index == jnp.pad(traj.turn_index[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
-  return trained & ~(following & same_turn)
+  # Turns never decrease along a row, so the least turn of the trained tokens to the right is that of the next one.
+  none = traj.turn_valid.shape[1]
+  later = jax.lax.cummin(jnp.where(trained, traj.turn_index, none), axis=1, reverse=True)
+  following = jnp.pad(later[:, 1:], ((0, 0), (0, 1)), constant_values=none)
+  return trained & (traj.turn_index != following)
 
 
 def token_sum(values: jax.Array, weight: jax.Array) -> WeightedSum:

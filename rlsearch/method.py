@@ -112,6 +112,9 @@ def check(config: Mapping[str, Any]) -> None:
   if config['updates']['drop_zero_credit'] and (kl != 0 or config['schedule'].get('entropy_coef', 0) != 0):
     raise ValueError('config.updates.drop_zero_credit=True: a row without advantage still has a gradient when '
                      f'config.schedule.kl_coef={kl!r} or entropy_coef={config["schedule"].get("entropy_coef")!r} is not 0')
+  if config['updates']['drop_zero_credit'] and config['objective'].get('name') in ('actor_critic', 'turn_score'):
+    raise ValueError(f'config.updates.drop_zero_credit=True: config.objective.name={config["objective"]["name"]!r} learns from '
+                     'rows without advantage too')
   if config['updates']['old_logp'] not in ('sampler', 'trainer'):
     raise ValueError(f'config.updates.old_logp={config["updates"]["old_logp"]!r}; known: sampler, trainer')
   trainable = sorted(set(ROLES) - {'prompt'})               # a prompt belongs to no turn

@@ -30,6 +30,7 @@ class Programs(NamedTuple):
   apply: Callable[[TrainState, Sums, Hypers], tuple]
   shard: Shardings
   options: Update
+  has_reference: bool
   settle: Callable[[Any], Any]
 
 
@@ -48,7 +49,7 @@ def make_programs(model: Model, method: Method, tx: Mapping[str, optim.Group], s
   several_cpus = mesh.devices.size > 1 and mesh.devices.flat[0].platform == 'cpu'
   return Programs(
       policy=policy,
-      snapshot=jax.jit(update.snapshot(model), in_shardings=(shard.state, whole, shard.replicated),
+      snapshot=jax.jit(update.snapshot(model, options.old_logp == 'trainer'), in_shardings=(shard.state, whole, shard.replicated),
                        out_shardings=whole) if needs_forward else None,
       credit=jax.jit(method.credit, out_shardings=whole),
       zeros=update.zeros(model, metrics, shard),
@@ -57,7 +58,7 @@ def make_programs(model: Model, method: Method, tx: Mapping[str, optim.Group], s
                          donate_argnums=1),
       apply=jax.jit(update.apply(tx), in_shardings=(shard.state, sums, shard.replicated),
                     out_shardings=(shard.state, shard.replicated), donate_argnums=0),
-      shard=shard, options=options, settle=jax.block_until_ready if several_cpus else lambda x: x)
+      shard=shard, options=options, has_reference=model.reference is not None, settle=jax.block_until_ready if several_cpus else lambda x: x)
 
 
 def _metric_names(model: Model, method: Method) -> Mapping[str, Any]:
@@ -159,7 +160,9 @@ def _take_snapshot(program, state, packed, buckets, members, hypers) -> Snapshot
       whole[rows, :bucket.length] = part[:len(rows)]
   valid = traj.valid.astype(np.float32)
   logp, ref, value = (x * valid for x in out)
-  return Snapshot(traj.behaviour_logp if program.options.old_logp == 'sampler' else logp, ref, value)
+  if program.options.old_logp == 'sampler':
+    logp, ref = traj.behaviour_logp, ref if program.has_reference else traj.behaviour_logp
+  return Snapshot(logp, ref, value)
 
 
 def minibatches(packed: Packed, options: Update, key: tuple[int, int]) -> list[np.ndarray]:

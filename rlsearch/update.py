@@ -155,10 +155,16 @@ def apply(optimizers: Mapping[str, optim.Group]):
   return step
 
 
-def snapshot(model: Model):
-  """Returns (state, layout, temperature) -> (logp, ref_logp, value): one forward pass per model that there is."""
+def snapshot(model: Model, with_logp: bool = True):
+  """Returns (state, layout, temperature) -> (logp, ref_logp, value): one forward pass per model that there is.
+
+  Args:
+    model: of the stage.
+    with_logp: False leaves the policy's own pass out and returns 0 for it: the sampler's log-probabilities serve.
+  """
   def step(state: TrainState, layout: Layout, temperature):
-    logp = model.outputs(state.trainable, state.frozen, layout, temperature).logp
+    logp = (model.outputs(state.trainable, state.frozen, layout, temperature).logp if with_logp
+            else jnp.zeros(layout.gather.shape, jnp.float32))
     ref = model.reference(state.trainable, state.frozen, layout, temperature) if model.reference else logp
     value = model.critic(state.trainable, state.frozen, layout) if model.critic else jnp.zeros_like(logp)
     return logp, ref, value

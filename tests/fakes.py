@@ -183,7 +183,8 @@ def ragged(rng: np.random.Generator, B: int = 16, T: int = 21, K: int = 3, unsco
   while len(rows) < B:
     group, turns = node(), int(rng.integers(1, K + 1))
     if rng.random() < 0.5:
-      rows += [(group, [node(k == n - 1) for k in range(n)], 0) for n in rng.integers(1, K + 1, int(rng.integers(1, 5)))]
+      lengths = rng.integers(1, K + 1, int(rng.integers(1, 5)))
+      rows += [(group, [node(k == n - 1) for k in range(n)], 0) for n in lengths]
       continue
     kept = []
     for depth in range(turns):

@@ -10,23 +10,28 @@ def get_config(retriever: str = '') -> ConfigDict:
   With the address of a retrieval server (tests/small_config.py:http://...) that one is asked.
   The untrained model earns no reward, so entropy and divergence are what moves its parameters.
   """
-  c = search_r1_grpo.get_config('embedded')
+  c = shrink(search_r1_grpo.get_config('embedded'))
+  c.sampling.num_samples = 4
+  c.schedule.update(kl_coef=0.01, entropy_coef=0.01)
+  if retriever:
+    c.retriever = ConfigDict(dict(name='http', url=retriever, topk=1))
+  return c
+
+
+def shrink(c: ConfigDict) -> ConfigDict:
+  """Returns a method's config at scale `embedded` with a world, a model and a budget of seconds."""
   c.steps = 4
   c.model.update(shape=dict(num_layers=2, width=32, num_heads=2, num_kv_heads=1, head_size=16, ffn=32),
                  tokenizer=dict(vocab_size=500), reference=True)
   c.data.questions_per_step = 4
   c.data.source.update(num_entities=200, num_train=48, num_validation=8, num_test=16)
-  c.sampling.num_samples = 4
   c.protocol.max_searches = 1
   c.engine.update(rows=16, contexts=(120,), max_new_tokens=16)
   c.length = dict(prompt=48, turn=16, observation=48, total=120, buckets=((8, 120),))
-  c.schedule.update(kl_coef=0.01, entropy_coef=0.01)
   c.schedule.lr.steps = 4
   c.updates.update(minibatches=2, epochs=1, drop_zero_credit=False, old_logp='trainer')
   c.evals.update(every=2, num=4, final_num=8, episodes=3)
   c.checkpoint.every = 1
-  if retriever:
-    c.retriever = ConfigDict(dict(name='http', url=retriever, topk=1))
   cold = c.stages.cold_start
   cold.steps = 2
   cold.model = dict(reference=False)

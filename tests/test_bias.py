@@ -18,7 +18,7 @@ import pytest
 
 from rlsearch import credit
 from rlsearch.rollout import pack as pack_lib
-from rlsearch.types import OBSERVATION, POLICY, PROMPT, Rewards, Snapshot, Trajectories
+from rlsearch.types import OBSERVATION, POLICY, PROMPT, Rewards, Snapshot
 
 # State -> per action (next state or None, reward of a search, reward of an answer).  From S the third action answers at
 # once; from A the second one.  'good' pays at once and costs later; 'b' pays late.
@@ -33,7 +33,7 @@ LOGITS = {'S': [0.4, -0.2, 0.1], 'A': [0.3, -0.6], 'B': [-0.5, 0.2], 'C': [0.1, 
 OFFSET = dict(zip(LOGITS, np.cumsum([0, *map(len, LOGITS.values())])[:-1], strict=True))
 SIZE = sum(map(len, LOGITS.values()))
 K, T = 3, 8                                                          # a turn: the token chosen, what the world adds
-ROWS, BLOCK = 9, 128                                                 # padded, so that a credit function is compiled once
+ROWS, BLOCK = 9, 128                                                 # padded: a credit function is compiled once
 PI = {s: np.exp(z) / np.sum(np.exp(z)) for s, z in LOGITS.items()}
 REF = {s: np.full(len(z), 1 / len(z)) for s, z in LOGITS.items()}
 WRONG_CRITIC = dict(zip(LOGITS, (0.7, -0.4, 0.2, 0.9, -0.8), strict=True))
@@ -98,7 +98,8 @@ def rows(paths, trained_from, ids, critic):
     for k, (state, action) in enumerate(path):
       at, name = 1 + 2 * k, 'answer' if PROCESS[state][action][0] is None else 'search'
       said[name][b, k], given[name][b, k] = paid(state, action), True
-      t.turn_valid[b, k], t.turn_trained[b, k], (t.node_id[b, k], t.prefix_id[b, k]) = True, k >= trained_from[b], ids[b][k]
+      t.turn_valid[b, k], t.turn_trained[b, k] = True, k >= trained_from[b]
+      t.node_id[b, k], t.prefix_id[b, k] = ids[b][k]
       t.valid[b, at:at + 2], t.role[b, at:at + 2], t.turn_index[b, at:at + 2] = True, [POLICY, OBSERVATION], k
       t.loss_weight[b, at] = k >= trained_from[b]
       snapshot.logp[b, at], snapshot.ref_logp[b, at] = np.log(PI[state][action]), np.log(REF[state][action])
@@ -134,7 +135,8 @@ def groups(n, right=False):
 
 @functools.cache
 def compiled(name, entries):
-  return jax.jit(jax.vmap(getattr(credit, name)(**dict(entries))))
+  fn = jax.vmap(getattr(credit, name)(**dict(entries)))
+  return jax.jit(fn, compiler_options={'xla_backend_optimization_level': 0})
 
 
 def judged(fn, traj, rewards, snapshot):
@@ -185,7 +187,7 @@ def trees(k, eta):
   for made in out:
     # Candidate j of step k is node 1 + k·10 + j; all of a step share the prefix 1000 + k.
     where = [(len(path) - 1, b % k) for b, path in enumerate(made)]
-    ids = [[(1 + 10 * step + j if step == last else -5 - step, 1000 + step) for step in range(last + 1)] for last, j in where]
+    ids = [[(1 + 10 * step + (j if step == last else 9), 1000 + step) for step in range(last + 1)] for last, j in where]
     pad = ROWS - len(made)
     packed.append(rows([*made, *[()] * pad], [last for last, _ in where] + [0] * pad, ids + [[]] * pad, WRONG_CRITIC))
   return stack(packed), np.array(probabilities)
@@ -194,7 +196,8 @@ def trees(k, eta):
 def step_expectation(fn, k, eta):
   """E[Σ_steps (1/k) Σ_candidates A ∇log π] over trees, and how often the plan stands at each state."""
   (traj, rewards, snapshot, scores), probability = trees(k, eta)
-  found = np.einsum('g,gbt,gbtp->p', probability, judged(fn, traj, rewards, snapshot).advantage, scores, optimize=True) / k
+  advantage = judged(fn, traj, rewards, snapshot).advantage
+  found = np.einsum('g,gbt,gbtp->p', probability, advantage, scores, optimize=True) / k
   visits = {state: 0.0 for state in LOGITS}
   for state, at in OFFSET.items():
     # A candidate at this state has the score's entries of this state alone: count its tokens.
@@ -331,13 +334,14 @@ class TestTurnReturns:
 
   @pytest.mark.parametrize('normalize', ['per_term', 'pooled'])
   def test_centring_pays_for_the_number_of_turns_however_large_the_group(self, normalize):
-    # A huge eps leaves the centring alone: z = (r - mean) / eps.  With n the mean tends to a constant μ of the pool, and
-    # the estimate to the gradient of E[Σ (r - μ)]: every turn left is charged μ.  The rest falls as 1 / n.
+    # A huge eps leaves the centring alone: z = (r - mean) / eps.  With n the mean tends to a constant μ of the pool,
+    # and the estimate to the gradient of E[Σ (r - μ)]: every turn left is charged μ.  The rest falls as 1 / n.
     kind = lambda s, a: normalize == 'pooled' or PROCESS[s][a][0] is None
     mean = {}
     for pool in (True, False):
       count = sum(p * (kind(*step) == pool) for p, steps in episodes() for step in steps)
-      mean[pool] = sum(p * paid(*step) * (kind(*step) == pool) for p, steps in episodes() for step in steps) / (count or 1)
+      total = sum(p * paid(*step) * (kind(*step) == pool) for p, steps in episodes() for step in steps)
+      mean[pool] = total / (count or 1)
     limit = gradient(lambda s, a: paid(s, a) - mean[kind(s, a)])
     assert bias(limit, gradient())[1] < 0.9
     gaps = [bias(1e6 * expectation(self.turns(normalize=normalize, eps=1e6), n), limit)[0] for n in (2, 3, 5)]
@@ -345,7 +349,7 @@ class TestTurnReturns:
 
   @pytest.mark.parametrize('n', [2, 3])
   def test_mean_at_the_token_index_shortens_later_turns_more(self, n):
-    # Among m rows that have a token there a sample is 1 / m of its own baseline, as in group_relative; m falls with time.
+    # Among m rows that have a token there a sample is 1 / m of its own baseline, as in group_relative; m falls.
     found, wanted = expectation(self.turns(baseline='token_index'), n), gradient()
     for turn, states in enumerate(('S', 'AB', 'CD')):
       alive = sum(p for p, steps in episodes() if len(steps) > turn)

@@ -45,7 +45,7 @@ def make(case):
 
 @functools.cache
 def jitted(name, entries):
-  return jax.jit(getattr(credit, name)(**dict(entries)))
+  return jax.jit(getattr(credit, name)(**dict(entries)), compiler_options={'xla_backend_optimization_level': 0})
 
 
 def run(case, traj, rewards, snapshot=None):
@@ -151,7 +151,8 @@ class TestGroupRelative:
       returns = [sum(float(r) for r in row) for row in rewards.combined]
       wanted = []
       for b in range(len(returns)):
-        mine = [returns[i] for i in range(len(returns)) if traj.group_id[i] == traj.group_id[b] and traj.turn_valid[i, 0]]
+        mine = [r for r, g, valid in zip(returns, traj.group_id, traj.row_valid, strict=True)
+                if valid and g == traj.group_id[b]]
         mean, std = stats(mine, entries.get('ddof', 1)) if mine else (0, 0)
         scale = std + entries.get('eps', 1e-6) if entries['normalize_std'] else 1.0
         wanted.append([(returns[b] - mean) / scale if len(mine) > 1 else 0.0] * 3)
@@ -208,8 +209,8 @@ class TestLeaveOneOut:
 class TestPrefixRelative:
 
   def test_by_hand(self):
-    # Prompt P: candidates 1 and 3 (rows 0, 1), mean 2, std sqrt 2; row 1's turn goes on to candidates 5 and 5 + 6:
-    # of prefix 1 rows 2 and 3 train turn 1 with rewards 5, 11: mean 8, std sqrt 18.  Turn 0 of rows 2, 3 is no candidate.
+    # Rows 0, 1 train turn 0 with rewards 1, 3: mean 2, std sqrt 2.  The turn of row 1 goes on; rows 2, 3 train turn 1
+    # behind it with rewards 5, 11: mean 8, std sqrt 18.  Their turn 0 is no candidate of its own.
     traj = fakes.one_turn_rows(np.ones((4, 2))).replace(
         group_id=np.full(4, 7, np.int32), turn_index=np.int32([[0, 1]] * 4),
         turn_valid=np.array([[1, 0], [1, 0], [1, 1], [1, 1]], bool),
@@ -236,7 +237,8 @@ class TestPrefixRelative:
 
   def test_golden_s7_each_step_is_a_set_of_its_own(self):
     steps = [[2, 1, 0, -1, -2], [2, 2, 2, 2, 2], [2.025, -1.975, 0.025, 2, 1]]
-    wanted = [[1.26491, 0.632455, 0, -0.632455, -1.26491], [0] * 5, [0.846013, -1.554024, -0.354006, 0.831013, 0.231004]]
+    wanted = [[1.26491, 0.632455, 0, -0.632455, -1.26491], [0] * 5,
+              [0.846013, -1.554024, -0.354006, 0.831013, 0.231004]]
     # Row k·5 + j has turns 0..k, of which it trains the last one; candidate 1 of each step went on.
     r, prefix = np.zeros((15, 3), np.float32), np.full((15, 3), -1, np.int32)
     there = np.repeat(np.tri(3, dtype=bool), 5, axis=0)
@@ -285,7 +287,7 @@ class TestPrefixRelative:
 class TestTurnLabels:
 
   def test_by_hand(self):
-    # Rewards 1, 0, 2 of three turns: their sums from each on 3, 2, 2; the whole 3.  Turn 1 reads two tokens, one trained.
+    # Rewards 1, 0, 2 of three turns: the sums from each on are 3, 2, 2, the whole is 3.  Turn 1 has an observation.
     traj = fakes.one_turn_rows([[1, 1, 0, 1]]).replace(
         turn_index=np.int32([[0, 1, 1, 2]]), turn_valid=np.ones((1, 3), bool), turn_trained=np.ones((1, 3), bool))
     for label, wanted in (('turn', [1, 0, 0, 2]), ('return', [3, 2, 0, 2]), ('outcome', [3, 3, 0, 3])):

@@ -14,8 +14,8 @@ import pytest
 
 import fakes
 from rlsearch.data import normalize, tokenizer
-from rlsearch.envs import (encyclopedia as envs, encyclopedia_kinds as kinds_of, encyclopedia_text as text_of, environments,
-                           expert, judge, retrieval)
+from rlsearch.envs import encyclopedia as envs, encyclopedia_kinds as kinds_of, encyclopedia_text as text_of
+from rlsearch.envs import environments, expert, judge, retrieval
 from rlsearch.protocols.search_r1 import TAGS, search_r1
 
 K = 3
@@ -200,7 +200,8 @@ class TestQuestions:
         else:
           assert sub[:-len(noun) - 1] in called(passage) and stated(passage, noun) == answer
       if meta['type'] == 'chain':
-        assert meta['sub_questions'][1:] == tuple(f'{a} {n}' for a, n in zip(meta['sub_answers'], meta['relations'][1:]))
+        following = zip(meta['sub_answers'], meta['relations'][1:])
+        assert meta['sub_questions'][1:] == tuple(f'{answer} {noun}' for answer, noun in following)
 
   def test_splits_share_no_entity(self, standard, asked, taught):
     test, train = ({x for q in qs for x in (*q.meta['entities'], *q.meta['gold_passages'])} for qs in (asked, taught))
@@ -210,7 +211,7 @@ class TestQuestions:
       assert all(set(q.meta['entities']) <= members for q in questions)
 
   @pytest.mark.parametrize('preset', PRESETS)
-  @pytest.mark.parametrize('seed', range(2))
+  @pytest.mark.parametrize('seed', range(4))
   def test_the_scripted_agent_answers(self, preset, seed):
     world = envs.make_world(seed, preset=preset)
     questions, search = envs.draw_questions(world, 'test', 500, np.random.default_rng(1)), searcher(world)
@@ -240,7 +241,8 @@ def guessers(world, seen, split='test'):
       counts[feature][q.answers[0]] += 1
   bags = [set(q.text.split()) for q in seen]
   members = [int(i) for i in world.members[split]]
-  mentioned = collections.Counter(world.entity[v] for facts in world.facts.values() for _, v in facts if not v.isdigit())
+  mentioned = collections.Counter(
+      world.entity[value] for facts in world.facts.values() for _, value in facts if not value.isdigit())
   ranked = sorted(members, key=lambda i: (-mentioned[i], i))
   names = [(frozenset(name.split()), name) for name, i in world.entity.items() if i in set(members)]
   best = lambda *features: next((counts[f].most_common(1)[0][0] for f in features if f in counts), '')
@@ -298,7 +300,8 @@ class TestGuessing:
   def test_a_comparison_is_a_coin(self, standard, seen):
     questions = kinds_of.comparisons(standard, 'test', 4000, np.random.default_rng(3))
     table = guessers(standard, seen)
-    inside = ('first name', 'last name', 'first of the alphabet', 'last of the mirrored alphabet', 'more often mentioned', 'more votes')
+    inside = ('first name', 'last name', 'first of the alphabet', 'last of the mirrored alphabet',
+              'more often mentioned', 'more votes')
     named = {name: table[name] for name in inside} | {
         'by the wording': lambda q: q.meta['entities'][('earlier' in q.text) ^ q.text.startswith('which')]}
     scores = {guesser: float(np.mean([right(q, guess(q)) for q in questions])) for guesser, guess in named.items()}
@@ -335,26 +338,29 @@ class TestComparisons:
       assert standard.types[a] == standard.types[b] and standard.years[a] != standard.years[b]
       wanted = min if q.meta['direction'] == 'earlier' else max
       assert standard.years[standard.entity[q.answers[0]]] == wanted(standard.years[[a, b]])
-      assert q.meta['start'] == q.meta['entities'][0] and q.meta['sub_answers'] == (str(standard.years[a]), str(standard.years[b]))
+      assert q.meta['sub_answers'] == (str(standard.years[a]), str(standard.years[b]))
+      assert q.meta['start'] == q.meta['entities'][0]
 
   def test_wordings(self):
-    assert text_of.render_comparison(0, 'later', 'birth', ('Ab Cd', 'Ef Gh')) == 'which has the later birth , Ab Cd or Ef Gh ?'
-    assert text_of.render_comparison(1, 'later', 'birth', ('Ab Cd', 'Ef Gh')) == 'Ab Cd or Ef Gh , which has the later birth ?'
+    words = 'later', 'birth', ('Ab Cd', 'Ef Gh')
+    assert text_of.render_comparison(0, *words) == 'which has the later birth , Ab Cd or Ef Gh ?'
+    assert text_of.render_comparison(1, *words) == 'Ab Cd or Ef Gh , which has the later birth ?'
 
   def test_all_pairs_and_no_more(self):
     world = envs.make_world(0, 200, 'standard')
     entities = world.members['validation']
-    most = sum(world.types[a] == world.types[b] and world.years[a] != world.years[b] for i, a in enumerate(entities) for b in entities[:i])
-    assert len({q.uid for q in kinds_of.comparisons(world, 'validation', 2 * most, np.random.default_rng(0))}) == 2 * most
-    with pytest.raises(ValueError, match=f'{2 * most + 1} distinct validation comparisons wanted, only {2 * most} exist'):
-      kinds_of.comparisons(world, 'validation', 2 * most + 1, np.random.default_rng(0))
+    most = 2 * sum(world.types[a] == world.types[b] and world.years[a] != world.years[b]
+                   for i, a in enumerate(entities) for b in entities[:i])
+    assert len({q.uid for q in kinds_of.comparisons(world, 'validation', most, np.random.default_rng(0))}) == most
+    with pytest.raises(ValueError, match=f'{most + 1} distinct validation comparisons wanted, only {most} exist'):
+      kinds_of.comparisons(world, 'validation', most + 1, np.random.default_rng(0))
 
 
 class TestIntersections:
 
   def test_exactly_one_entity_has_both_and_each_has_others(self, standard, asked, taught):
-    facts = [(standard.entity[p.title], set((noun, standard.entity[value]) for noun, value in standard.facts[p.uid] if not value.isdigit()))
-             for p in standard.passages]
+    facts = [(standard.entity[p.title], {(noun, standard.entity[value]) for noun, value in standard.facts[p.uid]
+                                         if not value.isdigit()}) for p in standard.passages]
     for q in (*asked, *taught):
       if q.meta['type'] != 'intersection':
         continue
@@ -443,17 +449,19 @@ class TestTwins:
       members = world.members[split]
       share = np.mean([int(entity) in twins for entity in members])
       print(f'{num} entities, {split}: {share:.2f} have a near-duplicate')
-      assert share >= .5 - 4 / len(members)
+      assert share >= .5
 
   def test_half_a_name_finds_the_wrong_one(self, standard, searches):
     twins, wrong, full = self.of(standard), [], []
     for entity, others in list(twins.items())[:400]:
-      shared = next(w for o in others for w, v in zip(standard.names[entity].split(), standard.names[o].split()) if w == v)
+      own = standard.names[entity].split()
+      shared = next(w for o in others for w, v in zip(own, standard.names[o].split()) if w == v)
       noun = text_of.YEAR_RELATIONS[standard.types[entity]].noun
       sloppy, exact = searches['standard']([f'{shared} {noun}', f'{standard.names[entity]} {noun}'], 1)
       wrong.append(sloppy[0].title != standard.names[entity])
       full.append(exact[0].title == standard.names[entity])
-    print(f'near-duplicates: half the name finds another one first in {np.mean(wrong):.2f}, the whole name the right one in {np.mean(full):.2f}')
+    print(f'near-duplicates: half the name finds another one first in {np.mean(wrong):.2f}, the whole name the right '
+          f'one in {np.mean(full):.2f}')
     assert np.mean(wrong) >= .5 and np.mean(full) >= .95
 
 
@@ -462,7 +470,7 @@ class TestRumours:
   def test_the_rule_finds_them_all_and_nothing_else(self, hard):
     marked = [p for p in hard.passages if p.text.startswith('rumour says')]
     assert [p.uid for p in marked] == [p.uid for p in hard.passages if p.uid.startswith('rumour-')]
-    assert .3 * 988 < len(marked) <= .4 * 988 and len({p.title for p in marked}) == len(marked)
+    assert .2 * 988 < len(marked) <= .3 * 988 and len({p.title for p in marked}) == len(marked)
     assert hard.passages[-1] == text_of.RULE and hard.facts['rule'] == ()
     assert 'a passage that begins with rumour says is false' in text_of.RULE.text
 
@@ -482,20 +490,22 @@ class TestRumours:
         assert true and (value != true if value.isdigit() else hard.entity[value] != hard.entity[true])
 
   @pytest.mark.parametrize('seed', range(2))
-  def test_who_ignores_the_rule_is_wrong_in_a_third_of_the_questions(self, seed):
+  def test_who_ignores_the_rule_is_wrong_in_a_quarter_of_the_questions(self, seed):
     world = envs.make_world(seed, preset='hard')
     questions, search = envs.draw_questions(world, 'test', 500, np.random.default_rng(1)), searcher(world)
     follow, ignore = ([scripted_agent(q, search, rule=rule) for q in questions] for rule in (True, False))
-    misled = [bool(naive) and right(q, told) and not right(q, naive) for q, told, naive in zip(questions, follow, ignore)]
+    misled = [bool(naive) and right(q, told) and not right(q, naive)
+              for q, told, naive in zip(questions, follow, ignore)]
     shares = by_kind(questions, misled)
     print(f'hard, seed {seed}: right with the rule and misled without: {shares}')
-    assert shares['all'] >= 1 / 3 and all(share >= .05 for share in shares.values())
+    assert .2 <= shares['all'] <= .35 and all(share >= .03 for share in shares.values())
     assert np.mean([right(q, a) for q, a in zip(questions, follow)]) >= .98
 
   def test_a_chain_is_led_to_what_the_rumour_states(self, hard, searches, asked):
     rumours = {p.title: p for p in hard.passages if p.text.startswith('rumour says')}
     led = [q for q in asked if kind(q) == ('chain', 1) and q.meta['start'] in rumours]
-    told = [scripted_agent(q, searches['hard'], rule=False) == stated(rumours[q.meta['start']], q.meta['relations'][0]) for q in led]
+    told = [scripted_agent(q, searches['hard'], rule=False) == stated(rumours[q.meta['start']], q.meta['relations'][0])
+            for q in led]
     assert len(led) > 20 and np.mean(told) > .6
 
 
@@ -526,23 +536,26 @@ class TestRedraw:
     assert len(seen) == 5
 
   def test_environment_redraws_in_blocks_of_a_kind(self):
-    env = environments.embedded(preset='hard', seed=0, num_entities=200, num_famous=12, num_train=200, num_validation=20,
-                                num_test=30, redraw_names=True, block=4, demonstrations=None)
+    env = environments.embedded(
+        preset='hard', seed=0, num_entities=200, num_famous=12, num_train=200, num_validation=20, num_test=30,
+        redraw_names=True, block=4, demonstrations=None)
     questions = [env.train.get(position) for position in range(80)]
     assert [kind(q) for q in questions] == [KINDS[position // 4 % 5] for position in range(80)]
     assert all(q.meta['tool_options']['names'] == q.meta['names'] for q in questions)
     assert len({q.uid for q in questions}) == 80
 
 
-TURN = re.compile(r'<think> (?:take (?P<take>\w+(?: \w+)?)|the (?P<read>\w+) is (?P<value>[\w ]+?) after (?P<after>\w+(?: \w+)?) '
-                  r'(?P<next>done|\w+(?: [A-Z]\w+)?)(?: the (?P<direction>earlier|later) is (?P<best>[\w ]+) of (?P<owner>[\w ]+))?) </think>'
+TURN = re.compile(r'<think> (?:take (?P<take>\w+(?: \w+)?)|the (?P<read>\w+) is (?P<value>[\w ]+?) '
+                  r'after (?P<after>\w+(?: \w+)?) (?P<next>done|\w+(?: [A-Z]\w+)?)'
+                  r'(?: the (?P<direction>earlier|later) is (?P<best>[\w ]+) of (?P<owner>[\w ]+))?) </think>'
                   r'(?:<search> (?P<query>[\w ]+) </search>|<answer> (?P<answer>[\w ]+) </answer>)')
 
 
 class TestDemonstrations:
 
   def demos(self, world, questions, search, noise, seed=0, k=K, **entries):
-    return expert.demonstrations(world, questions, lambda queries: search(queries, k), np.random.default_rng(seed), noise, **entries)
+    rng = np.random.default_rng(seed)
+    return expert.demonstrations(world, questions, lambda queries: search(queries, k), rng, noise, **entries)
 
   def test_clean_expert_word_for_word(self, standard, searches, taught):
     q = next(q for q in taught if q.meta['type'] == 'comparison')
@@ -623,7 +636,8 @@ class TestDemonstrations:
 
   @pytest.mark.parametrize('budget', [1, 2])
   def test_respects_the_search_budget(self, standard, searches, taught, budget):
-    for q, turns in zip(taught[:100], self.demos(standard, taught[:100], searches['standard'], 0., max_searches=budget)):
+    demos = self.demos(standard, taught[:100], searches['standard'], 0., max_searches=budget)
+    for q, turns in zip(taught, demos):
       assert len(turns) == min(q.meta['hops'], budget) + 1
 
   def test_works_with_one_passage_a_search(self, hard, searches, taught):
@@ -638,7 +652,7 @@ class TestDemonstrations:
 class TestTokens:
 
   @pytest.mark.parametrize('preset', PRESETS)
-  def test_words_are_whole_and_everything_fits_the_budgets_of_the_readme(self, preset):
+  def test_words_are_whole_and_everything_fits(self, preset):
     env = environments.embedded(
         preset=preset, seed=0, num_entities=1000, num_famous=12, num_train=1000, num_validation=100, num_test=100,
         redraw_names=True, block=8, demonstrations=dict(
@@ -648,13 +662,14 @@ class TestTokens:
     size = lambda text: len(tok.encode(text))
     words = (*text_of.template_words(), *text_of.more_words(), *world.name_words, *world.famous_words)
     assert [word for word in words if size(' ' + word) != 1] == []
-    protocol = search_r1(max_searches=3, prompt='question', reminder='short', separator='', document=' {title} : {text}')
-    assert max(size(' ' + p.title + ' : ' + p.text) for p in env.passages) <= 46
+    protocol = search_r1(max_searches=3, prompt='question')
+    assert max(size(' ' + p.title + ' : ' + p.text) for p in env.passages) <= 40
     for q in map(env.train.get, range(300)):
       assert size(protocol.prompts(q)[0]) <= 40 and max(map(size, q.meta['demonstration'])) <= 32
 
   def test_the_text_has_no_other_words(self, hard):
-    known = {*text_of.template_words(), *text_of.more_words(), *hard.name_words, *hard.famous_words, *map(str, range(10, 100))}
+    words = *text_of.template_words(), *text_of.more_words(), *hard.name_words, *hard.famous_words
+    known = {*words, *map(str, range(10, 100))}
     for line in envs.world_text(hard):
       assert set(line.split()) <= known
     assert not {w.lower() for w in hard.name_words} & known

@@ -22,7 +22,8 @@ def one_device():
 
 
 def engine(mesh, version=3, params=None, **entries):
-  made = make_engine(MODEL, TOK, ['</s>'], mesh, **{**dict(rows=ROWS, contexts=CONTEXTS, max_new_tokens=NEW), **entries})
+  made = make_engine(MODEL, TOK, ['</s>'], mesh, **{**dict(rows=ROWS, contexts=CONTEXTS, max_new_tokens=NEW),
+      **entries})
   made.set_params(parallel.to_replicated(params or small.weights(MODEL.config), mesh), version)
   return made
 
@@ -175,7 +176,8 @@ class TestSimple:
     order = rng.permutation(21)
     again = on_one.logprob([prefixes[i] for i in order], [targets[i] for i in order])
     np.testing.assert_allclose(again, whole[order], atol=1e-6)
-    np.testing.assert_allclose([on_one.logprob([p], [t])[0] for p, t in zip(prefixes, targets, strict=True)], whole, atol=1e-6)
+    np.testing.assert_allclose([on_one.logprob([p], [t])[0] for p, t in zip(prefixes, targets, strict=True)], whole,
+        atol=1e-6)
     short = [i for i in range(21) if len(prefixes[i]) + len(targets[i]) <= 8]
     found = on_eight.logprob([prefixes[i] for i in short], [targets[i] for i in short])
     np.testing.assert_allclose(found, whole[short], atol=1e-5)

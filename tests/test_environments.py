@@ -185,6 +185,14 @@ class TestEmbedded:
     # Computed before there were other presets; a run that has begun goes on only in the same world.
     assert world(num_entities=num_entities, seed=seed).digest == digest
 
+  @pytest.mark.parametrize('preset, seed, digest', [
+      ('standard', 0, 'e0b16355a83a0370a33437ad7f8d93218dc499757a71252db848beef2c4ecd83'),
+      ('standard', 1, 'feb585bd095292393c0bcccd983b340d4f86e8547fe0cae38483f812c021db1e'),
+      ('hard', 0, '7c95a2afb845c4927406e0866d34708d8636245d39a8db8bfc325c9be5d7c267'),
+      ('hard', 1, '4923e6e10a64802f0500a169fbecdd77233b289ade78ff6378e2fcf8c1a50023')])
+  def test_the_other_presets_are_what_they_were(self, preset, seed, digest):
+    assert world(preset=preset, seed=seed).digest == digest
+
   @pytest.mark.parametrize('seed, digest', [
       (0, 'cb56a0938f7022e9dbb0589407b38528637ada84a8b4228bf85a9c826e95b4e1'),
       (1, '4a95c0b9ce4ec41e94a2745fb424cb97282357e277d2a092a3058e61d0aef673')])

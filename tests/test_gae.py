@@ -1,4 +1,4 @@
-"""Generalised advantage estimation: by hand, golden, against a slow reference, and what the environment's words change."""
+"""Generalised advantage estimation: by hand, golden, against a slow reference, and over observations."""
 from __future__ import annotations
 
 import functools
@@ -13,7 +13,8 @@ from rlsearch.types import FORCED, OBSERVATION, POLICY, Snapshot
 
 PLAIN = dict(gamma=1.0, lam=1.0, kl_coef=0.0, whiten=False)
 CASES = (dict(gamma=1.0, lam=1.0, kl_coef=0.0, whiten=False), dict(gamma=1.0, lam=0.95, kl_coef=0.001, whiten=True),
-         dict(gamma=0.9, lam=0.7, kl_coef=0.3, whiten=False), dict(gamma=0.5, lam=0.0, kl_coef=0.1, whiten=True, eps=0.2))
+         dict(gamma=0.9, lam=0.7, kl_coef=0.3, whiten=False),
+         dict(gamma=0.5, lam=0.0, kl_coef=0.1, whiten=True, eps=0.2))
 
 
 @functools.cache

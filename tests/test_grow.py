@@ -404,6 +404,7 @@ class TestExpansions:
     (leaf,) = leaves(grown.forest)
     assert leaf.ended == ANSWERED and leaf.turn.text == '<answer>Paris</answer>' and leaf.turn.action.content == ('Paris',)
     np.testing.assert_array_equal(leaf.turn.role, [FORCED] * 8 + [POLICY] * 14)
+    assert [node.turn.forced for _, _, node in turns(grown.forest)] == [False] * 3 + [True]
     parent = grown.forest[0].nodes[leaf.parent]
     assert parent.ended == TURN_LIMIT and parent.turn.outcome is None
 
@@ -414,8 +415,16 @@ class TestExpansions:
   def test_demonstration_is_forced_token_for_token(self):
     grown = only([], questions=(QUESTIONS[0],), plan=sampling.demonstrations(), serve=lambda call: fakes.found('t'))
     assert [n.turn.text for _, _, n in turns(grown.forest)] == list(DEMONSTRATIONS[0])
-    assert all((n.turn.role == FORCED).all() and not n.turn.logps.any() for _, _, n in turns(grown.forest))
+    assert all((n.turn.role == FORCED).all() and not n.turn.logps.any() and n.turn.forced for _, _,
+        n in turns(grown.forest))
     assert leaves(grown.forest)[0].ended == ANSWERED
+
+  def test_text_behind_an_opener_makes_a_turn_forced_too(self):
+    plan = sampling.independent(num_samples=1)
+    hinted = plan._replace(expand=lambda tree, key: tuple(e._replace(forced='<think>h') for e in plan.expand(tree,
+        key)))
+    (leaf,) = leaves(only(['</think><answer>b</answer>'], plan=hinted).forest)
+    assert leaf.turn.forced and leaf.turn.action.thought == 'h' and leaf.turn.role.tolist() == [FORCED] * 8 + [POLICY] * 26
 
   def test_question_without_demonstration_raises(self):
     with pytest.raises(ValueError, match="config.sampling.name=demonstrations: question 'q0' has no demonstration"):

@@ -40,7 +40,8 @@ class TestParseScore:
 
   @pytest.mark.parametrize('inside, wanted', [
       ('0', 0), ('+0', 0), ('-0', 0), ('\n-1\n', -1), ('１', None), ('²', None), ('-', None), ('', None), ('1.0', None),
-      ('nan', None), ('inf', None), ('1e0', None), ('01', None), ('--1', None), ('1 1', None), ('true', None), ('1' * 9999, None)])
+      ('nan', None), ('inf', None), ('1e0', None), ('01', None), ('--1', None), ('1 1', None), ('true', None),
+      ('1' * 9999, None)])
   def test_inside_the_tag(self, inside, wanted):
     assert judge.parse_score(f'<score>{inside}</score>') == wanted
 
@@ -50,8 +51,10 @@ class TestParseScore:
     assert judge.parse_score('<score>1</score> no, <score>0</score>') == 0
     assert judge.parse_score('<score>1</score>, written inside <score> and </score>') is None
 
-  @pytest.mark.parametrize('reply', ['<SCORE>1</SCORE>', '‹score›1‹/score›', '<score>1', '1</score>', '<score >1</score>',
-                                     '＜score＞1＜/score＞', '&lt;score&gt;1&lt;/score&gt;', '<score>1 <b>or</b> 0</score>'])
+  @pytest.mark.parametrize('reply', ['<SCORE>1</SCORE>', '‹score›1‹/score›', '<score>1', '1</score>',
+      '<score >1</score>',
+                                     '＜score＞1＜/score＞', '&lt;score&gt;1&lt;/score&gt;',
+                                     '<score>1 <b>or</b> 0</score>'])
   def test_anything_else_is_no_score(self, reply):
     assert judge.parse_score(reply) is None
 
@@ -70,7 +73,8 @@ def call(i, prompt='judge this'):
 
 
 def client(url, **options):
-  return judge.http_judge(url, **{'timeout_seconds': 2., 'retries': 2, 'max_prompts': 100, 'backoff_seconds': .01, **options})
+  return judge.http_judge(url, **{'timeout_seconds': 2., 'retries': 2, 'max_prompts': 100, 'backoff_seconds': .01,
+      **options})
 
 
 def replies(*said):
@@ -127,8 +131,10 @@ class TestHttpJudge:
     assert len(bodies) == 3 and bodies[0] == bodies[2]
 
   @pytest.mark.parametrize('script, kind', [
-      ('drop', 'timeout'), ('hang', 'timeout'), ((503, b''), 'timeout'), ((500, b''), 'malformed'), ((404, b''), 'malformed'),
-      ((422, b'no prompts'), 'malformed'), ((400, b''), 'malformed'), ((200, b'junk'), 'malformed'), ((200, b'\xff'), 'malformed'),
+      ('drop', 'timeout'), ('hang', 'timeout'), ((503, b''), 'timeout'), ((500, b''), 'malformed'),
+      ((404, b''), 'malformed'),
+      ((422, b'no prompts'), 'malformed'), ((400, b''), 'malformed'), ((200, b'junk'), 'malformed'),
+      ((200, b'\xff'), 'malformed'),
       ((200, []), 'malformed'), ((200, {}), 'malformed'), ((200, {'responses': None}), 'malformed'),
       ((200, {'responses': ONE}), 'malformed'), ((200, {'responses': [ONE]}), 'malformed'),
       ((200, {'responses': [ONE] * 3}), 'malformed'), ((200, {'responses': [ONE, 1]}), 'malformed'),
@@ -154,7 +160,7 @@ class TestHttpJudge:
 
   @pytest.mark.parametrize('entries', [dict(timeout_seconds=0), dict(retries=-1), dict(max_prompts=0)])
   def test_impossible_entries(self, entries):
-    with pytest.raises(ValueError, match=r'config\.judge: timeout_seconds=.*; wants positive numbers, retries 0 or more'):
+    with pytest.raises(ValueError, match=r'config\.judge: timeout_seconds=.*; wants positive numbers'):
       client('http://x', **entries)
 
   @pytest.mark.parametrize('url', ['', 'x', 'ftp://x', 'http://', 'http://x:port'])
@@ -168,8 +174,10 @@ class TestHttpJudge:
 @functools.cache
 def world(noise, famous_every=0):
   return environments.embedded(
-      preset='demo', seed=0, num_entities=400, num_famous=12, num_train=900, num_validation=1, num_test=1, redraw_names=True,
-      block=8, demonstrations=dict(noise=noise, clean_positions=0, famous_every=famous_every, topk=1, title_weight=2, max_searches=3))
+      preset='demo', seed=0, num_entities=400, num_famous=12, num_train=900, num_validation=1, num_test=1,
+      redraw_names=True,
+      block=8, demonstrations=dict(noise=noise, clean_positions=0, famous_every=famous_every, topk=1, title_weight=2,
+      max_searches=3))
 
 
 @functools.cache
@@ -207,8 +215,10 @@ def step(text, *uids):
 
 
 QUESTION = fakes.question(
-    0, ('Kem Lor',), 'what do you reach if you take director spouse from Bes Til ?', start='Bes Til', relations=('director', 'spouse'),
-    gold_passages=('g0', 'g1'), sub_questions=('Bes Til director', 'Vik Zul spouse'), sub_answers=('Vik Zul', 'Kem Lor'))
+    0, ('Kem Lor',), 'what do you reach if you take director spouse from Bes Til ?', start='Bes Til',
+    relations=('director', 'spouse'),
+    gold_passages=('g0', 'g1'), sub_questions=('Bes Til director', 'Vik Zul spouse'),
+    sub_answers=('Vik Zul', 'Kem Lor'))
 FIRST = '<think> take director </think><search> Bes Til director </search>'
 SECOND = '<think> the director is Vik Zul after director spouse </think><search> Vik Zul spouse </search>'
 
@@ -245,8 +255,10 @@ class TestOracle:
     assert wrong > 40
 
   @pytest.mark.parametrize('text, wanted', [
-      ('Bes Til director', 1), ('who is the director of Bes Til', 1), ('director Til Bes', 1), ('Bes Til', 0), ('Bes director', 0),
-      ('Til director', 0), ('Bes Til spouse', 0), ('director', -1), ('Bes', -1), ('Vik Zul', 0), ('weather', -1), ('', -1),
+      ('Bes Til director', 1), ('who is the director of Bes Til', 1), ('director Til Bes', 1), ('Bes Til', 0),
+      ('Bes director', 0),
+      ('Til director', 0), ('Bes Til spouse', 0), ('director', -1), ('Bes', -1), ('Vik Zul', 0), ('weather', -1),
+      ('', -1),
       ('Vik Zul spouse', 1)])
   def test_queries_by_hand(self, text, wanted):
     # The last asks for the second step before the first is known: a passage may have said more than was asked.
@@ -272,9 +284,11 @@ class TestOracle:
   def test_later_thoughts_by_hand(self, thought, wanted):
     assert say('think', step(FIRST, 'g0'), step(f'<think>{thought}</think><search>q</search>')) == wanted
 
-  @pytest.mark.parametrize('thought, wanted', [('the spouse is Kem Lor', 1), ('Vik Zul', -1), ('done', -1), ('Kem', -1)])
+  @pytest.mark.parametrize('thought, wanted', [('the spouse is Kem Lor', 1), ('Vik Zul', -1), ('done', -1),
+      ('Kem', -1)])
   def test_last_thoughts_by_hand(self, thought, wanted):
-    assert say('think', step(FIRST, 'g0'), step(SECOND, 'g1'), step(f'<think>{thought}</think><answer>x</answer>')) == wanted
+    assert say('think', step(FIRST, 'g0'), step(SECOND, 'g1'),
+        step(f'<think>{thought}</think><answer>x</answer>')) == wanted
 
   @pytest.mark.parametrize('answer, wanted', [
       ('Kem Lor', 1), ('kem lor.', 1), ('Kem', 0), ('Lor and others', 0), ('Vik Zul', -1), ('', -1), ('the', -1)])

@@ -198,7 +198,7 @@ class TestImports:
       ('envs/judge', 'import rlsearch.outside', 'layer 1 imports layer 2'),
       ('envs/judge', 'def f():\n  from rlsearch import method', 'layer 1 imports layer 4'),
       ('rollout/grow', 'from rlsearch.train import main', 'layer 3 imports layer 5'),
-      ('rewards/answer', 'from rlsearch.data import text', 'a slot imports layer 0'),
+      ('rewards/answer', 'from rlsearch.data import questions', 'a slot imports layer 0'),
       ('rewards/answer', 'from rlsearch.sampling import forest', 'a slot imports layer 0'),
       ('credit/group', 'from rlsearch import outside', 'a slot imports layer 0'),
       ('schedules', 'from rlsearch.models import heads', 'a slot imports layer 0'),
@@ -214,7 +214,7 @@ class TestImports:
       ('engines/simple', 'from rlsearch.models import heads', None),
       ('report_more', 'import json, numpy\nfrom rlsearch import train', None)])
   def test_finds_what_breaks_a_rule(self, tmp_path, importer, line, why):
-    modules = ('__init__', 'train', 'outside', 'method', 'schedules', 'data/text', 'data/normalize', 'models/heads',
+    modules = ('__init__', 'train', 'outside', 'method', 'schedules', 'data/text', 'data/normalize', 'data/questions', 'models/heads',
                'sampling/forest', 'rollout/grow', 'protocols/react')
     found = offences(made(tmp_path, {**{f'{m}.py': '' for m in modules}, f'{importer}.py': line}))
     assert len(found) == (why is not None), found

@@ -11,7 +11,7 @@ import small
 
 from rlsearch import masked, optim, parallel, update
 from rlsearch.models import lora, model as models, params as params_lib
-from rlsearch.objectives import supervised
+from rlsearch.objectives import supervised, turn_score
 from rlsearch.types import Credit, TrainState
 
 CONFIG = small.shape()
@@ -255,7 +255,7 @@ class TestCritic:
     assert small.same(train['value']['trunk'], weights)
 
   def test_unknown_choices(self):
-    for name in ('init', 'critic'):
+    for name in ('init', 'critic', 'reward'):
       with pytest.raises(ValueError, match=rf"config\.model\.{name}='no'; known"):
         models.make(CONFIG, **{name: 'no'})
 
@@ -264,6 +264,59 @@ class TestCritic:
     assert model.critic is None and model.reference is None and not model.frozen
     layout = small.block(np.random.default_rng(0), 2, 9, CONFIG.vocab_size).layout
     assert not model.outputs(model.init(jax.random.key(0))[0], {}, layout, 1.0).value.any()
+
+
+class TestReward:
+
+  def test_is_a_trunk_and_a_head_beside_a_frozen_policy(self):
+    model = models.make(CONFIG, reward='trained')
+    assert set(model.trainable) == {'reward'} and set(model.frozen) == {'policy'} and model.leaves == ('reward',)
+    assert model.critic is None and model.reference is None and models.make(CONFIG).leaves == ()
+    train, frozen = model.init(jax.random.key(0))
+    trunk, policy = train['reward']['trunk'], frozen['policy']
+    assert small.same(trunk, policy) and small.same(model.policy(train, frozen), policy)
+    assert trunk['embed'] is not policy['embed']                           # a copy: donating one keeps the other
+    assert params_lib.count(model.trainable['reward']) == params_lib.count(model.frozen['policy']) + CONFIG.width + 1
+
+  def test_scores_are_read_off_its_own_trunk_at_the_token_itself(self):
+    model = models.make(CONFIG, reward='trained')
+    train, frozen = model.init(jax.random.key(0))
+    train['reward']['trunk'] = small.weights(CONFIG, 7)
+    layout = small.block(np.random.default_rng(0), 4, 9, CONFIG.vocab_size).layout
+    out, head = model.outputs(train, frozen, layout, 1.0), train['reward']['head']
+    hidden = np.asarray(models.hidden_states(CONFIG, train['reward']['trunk'], layout))
+    np.testing.assert_allclose(out.score, hidden @ np.asarray(head['weight']) + np.asarray(head['bias']), atol=1e-5)
+    plain = models.make(CONFIG).outputs({'policy': frozen['policy']}, {}, layout, 1.0)
+    np.testing.assert_array_equal(out.logp, plain.logp)
+    assert not plain.score.any() and not out.value.any()
+    # What stands behind a token does not enter its score.
+    tokens = np.array(layout.tokens)
+    tokens[:, 6:] = 3
+    changed = model.outputs(train, frozen, layout.replace(tokens=tokens), 1.0).score
+    np.testing.assert_allclose(changed[:, :6], out.score[:, :6], atol=1e-5)
+    assert not np.allclose(changed[:, 6:], out.score[:, 6:], atol=1e-2)
+
+  def test_training_moves_it_alone(self):
+    model = models.make(CONFIG, reward='trained')
+    groups = {'reward': adamw(model.trainable['reward'])}
+    first, last, losses = trained(model, groups, {'reward': 1e-2}, 12, turn_score(loss='squared'))
+    assert losses[-1]['loss'] < 0.2 * losses[0]['loss'] and losses[-1]['label_accuracy'] >= losses[0]['label_accuracy']
+    assert small.same(first.frozen, last.frozen)
+    for name in ('head', 'trunk'):
+      assert not small.same(first.trainable['reward'][name], last.trainable['reward'][name])
+    assert sum(x.size for x in jax.tree.leaves(last.opt_state)) == 2 * params_lib.count(model.trainable['reward']) + 1
+
+  def test_starts_from_the_policy_it_is_given(self):
+    model, weights = models.make(CONFIG, reward='trained'), small.weights(CONFIG, 7)
+    before, frozen = model.init(jax.random.key(0))
+    train, frozen = model.start(before, frozen, weights)
+    assert small.same(frozen['policy'], weights) and small.same(train['reward']['trunk'], weights)
+    assert small.same(train['reward']['head'], before['reward']['head'])
+
+  @pytest.mark.parametrize('entries', [dict(critic='shared'), dict(reference=True), dict(lora_options=LORA)])
+  def test_nothing_that_trains_a_policy_beside_it(self, entries):
+    with pytest.raises(ValueError, match=r"config\.model\.reward='trained': the policy is frozen, so it wants"):
+      models.make(CONFIG, reward='trained', **entries)
 
 
 def norm(tree):

@@ -1,6 +1,8 @@
 """Masked sums and group statistics against slow references."""
 from __future__ import annotations
 
+import functools
+
 import fakes
 import jax
 import jax.numpy as jnp
@@ -124,12 +126,116 @@ class TestSequenceSum:
                                atol=1e-6)
 
 
+class TestTurnFinal:
+
+  def test_by_hand(self):
+    # Turn 0: two trained, an observation; turn 1 trains nothing; turn 2 has a gap.
+    traj = fakes.one_turn_rows([[0, 1, 1, 0, 0, 1, 0, 1, 0]]).replace(
+        turn_index=np.int32([[-1, 0, 0, 0, 1, 2, 2, 2, -1]]), turn_valid=np.ones((1, 3), bool))
+    np.testing.assert_array_equal(np.flatnonzero(masked.turn_final(traj)[0]), [2, 7])
+
+  def test_neighbouring_turns_and_the_last_column(self):
+    traj = fakes.one_turn_rows([[1, 1, 1]]).replace(turn_index=np.int32([[0, 1, 1]]), turn_valid=np.ones((1, 2), bool))
+    np.testing.assert_array_equal(masked.turn_final(traj), [[True, False, True]])
+
+  @pytest.mark.parametrize('soft', [False, True])
+  def test_equals_slow_reference(self, soft):
+    for seed in range(20):
+      rng = np.random.default_rng(seed)
+      traj = fakes.ragged(rng, soft=soft)
+      # Any tokens may be trained: as in a config that trains forced and observed tokens but not the policy's.
+      traj = traj.replace(loss_weight=traj.loss_weight * (rng.random(traj.tokens.shape) < 0.7))
+      wanted = np.zeros(traj.tokens.shape, bool)
+      for b, index in enumerate(traj.turn_index):
+        for k in range(3):
+          own = np.flatnonzero((index == k) & (traj.loss_weight[b] > 0))
+          wanted[b, own[-1:]] = True
+      np.testing.assert_array_equal(turn_final(traj), wanted)
+
+
+class TestTurnMeans:
+
+  def test_by_hand(self):
+    # Turn 0: (2 · 1 + 6 · 0.5) / 1.5; turn 1: 7 alone, the NaN is not trained; turn 2 has no token.
+    traj = fakes.one_turn_rows([[1, 0.5, 0, 1]]).replace(
+        turn_index=np.int32([[0, 0, 1, 1]]), turn_valid=np.ones((1, 3), bool))
+    mean, there = masked.turn_means(np.float32([[2, 6, np.nan, 7]]), traj)
+    np.testing.assert_allclose(mean, [[5 / 1.5, 7, 0]], rtol=1e-6)
+    np.testing.assert_array_equal(there, [[True, True, False]])
+
+
+def slow_steps(values, traj, mean):
+  """Σ over questions of the sum (or mean) over steps of the mean over candidates of their token means; the questions.
+
+  Every candidate has a trained token here, so that nobody's share is lost.
+  """
+  total, questions = 0.0, 0
+  for group in sorted(set(traj.group_id[traj.turn_trained.any(1)].tolist())):
+    steps = {}
+    for b, k in np.argwhere(traj.turn_trained & (traj.group_id == group)[:, None]):
+      weight = np.float64(traj.loss_weight[b]) * (traj.turn_index[b] == k)
+      steps.setdefault(int(traj.prefix_id[b, k]), []).append((weight * values[b]).sum() / weight.sum())
+    means = [sum(s) / len(s) for s in steps.values()]
+    total, questions = total + sum(means) / (len(means) if mean else 1), questions + 1
+  return total, questions
+
+
+class TestSteps:
+
+  def rows(self):
+    """One question: candidates a, b of step 0; of step 1 behind b candidates c, d and e, two tokens each."""
+    return fakes.one_turn_rows(np.ones((5, 2))).replace(
+        group_id=np.zeros(5, np.int32), prefix_id=np.int32([[1], [1], [2], [2], [2]]),
+        siblings=np.float32([[2], [2], [3], [3], [3]]), steps=np.full(5, 2, np.float32))
+
+  def test_by_hand(self):
+    # Token means 1, 3 and 3, 0, 9: steps 2 and 4.  Summed 6, averaged 3, of one question.
+    values = np.float32([[1, 1], [2, 4], [3, 3], [0, 0], [8, 10]])
+    for name, wanted in (('step_sum', 6), ('step_mean', 3)):
+      out = masked.REDUCTIONS[name](values, self.rows())
+      np.testing.assert_allclose([out.total, out.weight], [wanted, 1], rtol=1e-6)
+
+  @pytest.mark.parametrize('name', ['step_sum', 'step_mean'])
+  def test_equals_slow_reference(self, name):
+    for seed in range(15):
+      rng = np.random.default_rng(seed)
+      traj = fakes.ragged(rng, soft=True)
+      values = rng.normal(size=traj.tokens.shape).astype(np.float32)
+      out = REDUCE[name](values, traj)
+      wanted = slow_steps(values, traj, name == 'step_mean')
+      np.testing.assert_allclose([out.total, out.weight], wanted, rtol=1e-5, atol=1e-6)
+
+  @pytest.mark.parametrize('name', ['step_sum', 'step_mean'])
+  def test_a_candidate_without_trained_token_takes_its_share_along(self, name):
+    # Candidate e has none: its third of step 1 is lost from the sum and from the weight, 1 / (3 · 2).
+    traj = self.rows().replace(loss_weight=np.float32([[1, 1]] * 4 + [[0, 0]]))
+    out = masked.REDUCTIONS[name](np.full((5, 2), 6, np.float32), traj)
+    np.testing.assert_allclose([out.total, out.weight], [(6 + 4) / (2 if name == 'step_mean' else 1), 5 / 6], rtol=1e-6)
+
+
+REDUCE = {name: jax.jit(reduce) for name, reduce in masked.REDUCTIONS.items()}
+turn_final = jax.jit(masked.turn_final)
+
+
 class TestReductions:
 
   @pytest.mark.parametrize('name', sorted(masked.REDUCTIONS))
   def test_split_adds_up(self, name):
-    reduce = masked.REDUCTIONS[name]
-    rng = np.random.default_rng(3)
-    values, weight = rng.normal(size=(6, 5)).astype(np.float32), (rng.random((6, 5)) < 0.6).astype(np.float32)
-    whole, parts = reduce(values, weight), reduce(values[:1], weight[:1]) + reduce(values[1:], weight[1:])
-    np.testing.assert_allclose([whole.total, whole.weight], [parts.total, parts.weight], rtol=1e-6)
+    reduce, rng = REDUCE[name], np.random.default_rng(3)
+    for soft in (False, True):
+      traj = fakes.ragged(rng, soft=soft)
+      values = rng.normal(size=traj.tokens.shape).astype(np.float32)
+      whole = reduce(values, traj)
+      parts = [reduce(values[i:j], fakes.rows_of(traj, slice(i, j))) for i, j in ((0, 1), (1, 8), (8, 16))]
+      both = functools.reduce(lambda a, b: a + b, parts)
+      np.testing.assert_allclose([whole.total, whole.weight], [both.total, both.weight], rtol=1e-5)
+
+  @pytest.mark.parametrize('name', sorted(masked.REDUCTIONS))
+  def test_padding_rows_and_masked_values_change_nothing(self, name):
+    rng = np.random.default_rng(4)
+    traj = fakes.ragged(rng)
+    values = np.where(traj.loss_weight > 0, rng.normal(size=traj.tokens.shape), np.nan).astype(np.float32)
+    whole = REDUCE[name](values, traj)
+    more = REDUCE[name](np.concatenate([values, values[:4]]), fakes.with_rows(traj, 4))
+    np.testing.assert_allclose([more.total, more.weight], [whole.total, whole.weight], rtol=1e-6)
+    assert np.isfinite(whole.total)

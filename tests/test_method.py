@@ -129,10 +129,12 @@ class TestCheck:
     method.check(CONFIG)
     method.check(config(**COLD))
     method.check(config(model={**CONFIG['model'], 'reference': False}, schedule={**CONFIG['schedule'], 'kl_coef': 0.0}))
-    prefixes = dict(name='shared_prefix', num_candidates=2, select_temperature=0.0, select_normalize_std=True, scored_by=('em',))
+    prefixes = dict(name='shared_prefix', num_candidates=2, select_temperature=0.0, select_normalize_std=True,
+        scored_by=('em',))
     for assign in ('prefix_relative', 'turn_returns'):
       method.check(config(sampling=prefixes, credit=dict(name=assign)))
-    method.check(but('credit', dict(name='gae', kl_coef=0.1), but('model.critic', 'separate', but('sampling.num_samples', 1))))
+    method.check(but('credit', dict(name='gae', kl_coef=0.1),
+        but('model.critic', 'separate', but('sampling.num_samples', 1))))
 
   @pytest.mark.parametrize('changed, message', [
       (but('model.reference', False), 'config.schedule.kl_coef=0.001: a divergence wants a reference; config.model.reference=False'),
@@ -158,21 +160,24 @@ class TestCheck:
        "config.credit.name='gae': wants a critic; config.model.critic='none'"),
       (but('objective', dict(name='actor_critic', kl='k1')),
        "config.objective.name='actor_critic': wants a critic; config.model.critic='none'"),
-      (but('credit', dict(name='leave_one_out', kl_coef=0.01), but('schedule.kl_coef', 0.0, but('model.reference', False))),
+      (but('credit', dict(name='leave_one_out', kl_coef=0.01), but('schedule.kl_coef', 0.0, but('model.reference',
+      False))),
        'config.credit.kl_coef=0.01: a divergence wants a reference; config.model.reference=False'),
       (but('credit', dict(name='gae', kl_coef=0.5), but('schedule.kl_coef', 0.0, but(
           'model', dict(reference=False, critic='shared', reward='none')))),
        'config.credit.kl_coef=0.5: a divergence wants a reference; config.model.reference=False'),
       (but('credit', dict(name='leave_one_out'), but('sampling.num_samples', 1)),
        "config.sampling.num_samples=1: the baseline of config.credit.name='leave_one_out' is a group of at least 2"),
-      *[(but('credit', dict(name=name), but('sampling', dict(name='shared_prefix', scored_by=('em',)), but('model.critic', 'separate'))),
+      *[(but('credit', dict(name=name), but('sampling', dict(name='shared_prefix', scored_by=('em',)),
+      but('model.critic', 'separate'))),
          f"config.credit.name='{name}': sums over whole rows, but the rows of config.sampling.name='shared_prefix' share turns; "
          'wants prefix_relative') for name in ('group_relative', 'leave_one_out', 'gae')],
       *[(changed, f"config.model.reward={reward!r}, config.objective.name={objective!r}, config.credit.name={assign!r}: a reward "
                   'module is trained by reward=trained, objective turn_score and credit turn_labels together')
         for changed, reward, objective, assign in (
             (but('model.reward', 'trained'), 'trained', 'clipped_surrogate', 'group_relative'),
-            (but('objective', dict(name='turn_score'), but('schedule.kl_coef', 0.0)), 'none', 'turn_score', 'group_relative'),
+            (but('objective', dict(name='turn_score'), but('schedule.kl_coef', 0.0)), 'none', 'turn_score',
+            'group_relative'),
             (but('credit', dict(name='turn_labels')), 'none', 'clipped_surrogate', 'turn_labels'))],
   ])
   def test_impossible_combinations(self, changed, message):

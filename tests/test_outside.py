@@ -224,7 +224,8 @@ class TestOwnServices:
     tools = outside.make({'search': hang}, 0.05, max_batch=4, own={'logprob': slow})
     tools.submit([Call((0, i), 'logprob', {}, {}) for i in range(10)] + [Call((1, 0), 'search', {}, {})])
     assert begun.wait(10)
-    assert [(c.uid, o.kind) for c, o in tools.poll(True)] == [((1, 0), 'timeout')]        # the deadline of the other holds
+    assert [(c.uid, o.kind) for c, o in tools.poll(True)] == [((1, 0),
+        'timeout')]        # the deadline of the other holds
     assert tools.poll(False) == []
     release.set()
     found = []

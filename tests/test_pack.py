@@ -97,6 +97,9 @@ class TestPack:
     np.testing.assert_array_equal(t.prefix_id, [[100, 101], [100, -1], [-1, -1], [-1, -1]])
     np.testing.assert_array_equal(t.group_id, [100, 100, -1, -1])
     np.testing.assert_array_equal(t.turn_valid, [[True, True], [True, False], [False] * 2, [False] * 2])
+    # Two first turns from the prompt, one second turn: two steps.
+    np.testing.assert_array_equal(t.siblings, [[2, 1], [2, 0], [0, 0], [0, 0]])
+    np.testing.assert_array_equal(t.steps, [2, 2, 0, 0])
 
   @EXAMPLES
   def test_invariants(self, seed, branching):
@@ -169,6 +172,37 @@ class TestPack:
         for k in range(min(len(path(one)), len(path(two))) - 2):
           assert (t.node_id[b, k] == t.node_id[c, k]) == (path(one)[:k + 3] == path(two)[:k + 3])
           assert (t.prefix_id[b, k] == t.prefix_id[c, k]) == (path(one)[:k + 2] == path(two)[:k + 2])
+
+  @EXAMPLES
+  def test_siblings_and_steps_count_what_is_trained(self, seed, branching):
+    forest, rows, scored, out = packed(seed, branching)
+    t = out.traj
+    # By the forest alone: (question, variant) -> path of a prefix -> how many turns behind it are trained.
+    trained = {}
+    for row, fine in zip(rows, scored, strict=True):
+      path = forest[row.question].nodes[row.leaf].path
+      for k in range(row.first_trained_turn, len(path) - 1) if fine else ():
+        steps = trained.setdefault((row.question, path[0]), {})
+        steps[path[:k + 1]] = steps.get(path[:k + 1], 0) + 1
+    for b, (row, fine) in enumerate(zip(rows, scored, strict=True)):
+      path = forest[row.question].nodes[row.leaf].path
+      own = range(row.first_trained_turn, len(path) - 1) if fine else ()
+      wanted = [trained[row.question, path[0]][path[:k + 1]] if k in own else 0 for k in range(K)]
+      np.testing.assert_array_equal(t.siblings[b], wanted)
+      assert t.steps[b] == (len(trained[row.question, path[0]]) if fine else 0)
+    assert not t.siblings[len(rows):].any() and not t.steps[len(rows):].any()
+    # Each step's shares are one, and so are each question's.
+    there = t.siblings > 0
+    np.testing.assert_allclose((1 / t.siblings[there]).sum(), sum(map(len, trained.values())), rtol=1e-5)
+    np.testing.assert_allclose((1 / (t.siblings * t.steps[:, None])[there]).sum(), len(trained), rtol=1e-5)
+
+  def test_siblings_and_steps_equal_those_of_the_fakes(self):
+    for seed in range(10):
+      traj = fakes.ragged(np.random.default_rng(seed))
+      blank = traj.replace(siblings=np.zeros_like(traj.siblings), steps=np.zeros_like(traj.steps))
+      pack_lib._count_siblings(blank)
+      np.testing.assert_array_equal(blank.siblings, traj.siblings)
+      np.testing.assert_array_equal(blank.steps, traj.steps)
 
   def test_first_id_moves_all_ids(self):
     a, b = packed(0, True)[-1].traj, packed(0, True, first_id=1 << 24)[-1].traj
@@ -258,7 +292,7 @@ class TestIdentityLayout:
 class TestRewards:
 
   def test_padding_rows_say_nothing(self):
-    scored = Scored({'a': np.ones((2, 3), np.float32)}, {'a': np.ones((2, 3), bool)}, np.ones(2, bool))
+    scored = Scored({'a': np.ones((2, 3), np.float32)}, {'a': np.ones((2, 3), bool)}, np.ones(2, bool), {})
     out = pack_lib.rewards(scored, {'weight/a': 0.5}, 4, 3)
     assert out.terms['a'].shape == (4, 3) and not out.given['a'][2:].any() and out.given['a'][:2].all()
     assert out.weights['a'] == 0.5 and not out.combined.any()

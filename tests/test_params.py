@@ -85,6 +85,7 @@ class TestInit:
       assert small.same(models.make(small.shape(), **entries).init(jax.random.key(4))[0]['policy'], plain)
     adapted = models.make(small.shape(), lora_options=dict(rank=2, alpha=2), critic='separate').init(jax.random.key(4))
     assert small.same(adapted[1]['base'], plain)
+    assert small.same(models.make(small.shape(), reward='trained').init(jax.random.key(4))[1]['policy'], plain)
     heads = [models.make(small.shape(), critic=c, **more).init(jax.random.key(4))[0]['value']['head']
              for c, more in (('shared', {}), ('separate', {}), ('separate', dict(lora_options=dict(rank=2, alpha=2))))]
     assert small.same(heads[0], heads[1]) and small.same(heads[0], heads[2])
@@ -119,7 +120,7 @@ class TestResolve:
 
 class TestGet:
 
-  entry = dict(variant='tiny', shape={}, init='normal', lora={}, critic='none', reference=False)
+  entry = dict(variant='tiny', shape={}, init='normal', lora={}, critic='none', reference=False, reward='none')
 
   def test_the_table_is_padded_and_its_padding_has_no_probability(self):
     model = models.get({**self.entry, 'shape': dict(num_layers=1, width=16, head_size=4, ffn=8)}, 45)

@@ -134,7 +134,8 @@ class TestTokenF1:
     assert last(rewards.token_f1(missing=-1.0), '<answer>Rome</answer>', ['Paris']) == 0
 
   @pytest.mark.parametrize('prediction, gold, wanted', [
-      ('Paris Paris', ['Paris'], 1.0), ('the', ['a'], 0.0), ('the cat', ['a cat'], 0.5), ('1990-1995', ['1990 1995'], 1.0),
+      ('Paris Paris', ['Paris'], 1.0), ('the', ['a'], 0.0), ('the cat', ['a cat'], 0.5),
+      ('1990-1995', ['1990 1995'], 1.0),
       ('', [''], 0.0), ('x', ['y', 'x z'], 2 / 3)])
   def test_of_sets(self, prediction, gold, wanted):
     assert last(rewards.token_f1(tokens='set'), f'<answer>{prediction}</answer>', gold) == pytest.approx(wanted)
@@ -195,7 +196,8 @@ class TestTrainedReward:
     return term.score([episode], outcomes)[0]
 
   @pytest.mark.parametrize('bound, wanted', [
-      ('none', GOLDEN), ('clip', [0, -.05, 0, -.25]), ('delta', [.1, -.15, .35, .6]), ('clip_delta', [.05, -.05, .25, -.25])])
+      ('none', GOLDEN), ('clip', [0, -.05, 0, -.25]), ('delta', [.1, -.15, .35, .6]),
+      ('clip_delta', [.05, -.05, .25, -.25])])
   def test_bounds(self, bound, wanted):
     entries = {'eta': .85} if 'clip' in bound else {}
     assert self.said(self.GOLDEN, bound=bound, **entries) == pytest.approx(wanted)
@@ -212,7 +214,8 @@ class TestTrainedReward:
 
   def test_a_turn_that_a_plan_forced_is_left_out_of_the_chain(self):
     term = rewards.trained_reward(link='identity', bound='delta')
-    episode = fakes.episode('<search>q</search>', '<search>r</search>', fakes.turn('<answer>x</answer>')._replace(forced=True))
+    episode = fakes.episode('<search>q</search>', '<search>r</search>',
+        fakes.turn('<answer>x</answer>')._replace(forced=True))
     outcomes = {c.uid: Outcome('ok', v) for c, v in zip(term.calls(episode), (.9, .5), strict=True)}
     assert term.score([episode], outcomes)[0] == [pytest.approx(.4), .5, None]
 
@@ -237,10 +240,13 @@ class TestEveryTerm:
              '<answer>' + 'x ' * 500 + '</answer>', '<think>t</think><search>Paris</search>']
     episodes = []
     for i in range(50):
-      turns = [fakes.turn(texts[j])._replace(observation_ids=seen[int(rng.integers(5))]) for j in rng.integers(0, 7, int(rng.integers(1, 5)))]
-      made = [t._replace(outcome=Outcome('ok'), passages=(Passage('a', 'T', f'text {i % 3} Paris', 1.),)) if t.action.kind == 'search' else t
+      turns = [fakes.turn(texts[j])._replace(observation_ids=seen[int(rng.integers(5))]) for j in rng.integers(0, 7,
+          int(rng.integers(1, 5)))]
+      made = [t._replace(outcome=Outcome('ok'), passages=(Passage('a', 'T', f'text {i % 3} Paris', 1.),
+          )) if t.action.kind == 'search' else t
               for t in turns]
-      e = fakes.episode(*made, gold_passages=('a',), gold_texts=(('T', 'a text of Paris'),), sub_questions=('Paris', ('q', 'who')))
+      e = fakes.episode(*made, gold_passages=('a',), gold_texts=(('T', 'a text of Paris'),),
+          sub_questions=('Paris', ('q', 'who')))
       episodes.append(e._replace(keys=tuple((0, 0, i, 0, *[0] * (k + 1)) for k in range(len(made)))))
     together = score(term, *episodes)
     for episode, said in zip(episodes, together, strict=True):

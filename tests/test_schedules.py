@@ -21,7 +21,7 @@ def hypers(step=0, groups=('policy',), terms=(), **entries):
 class TestRules:
 
   def test_table_covers_every_rule(self):
-    assert set(schedules.__all__) == {'constant', 'warmup_constant', 'warmup_cosine', 'linear'}
+    assert set(schedules.__all__) == {'constant', 'delayed_linear', 'warmup_constant', 'warmup_cosine', 'linear'}
 
   def test_constant(self):
     assert [schedules.constant(value=3)(s) for s in (0, 1000)] == [3.0, 3.0]
@@ -43,8 +43,19 @@ class TestRules:
     f = schedules.linear(start=1.0, stop=0.0, steps=4)
     assert [f(s) for s in (0, 1, 4, 9)] == [1, 0.75, 0, 0]
 
+  def test_delayed_linear(self):
+    # 0 for three steps, then on the line that began at step 0: 4 - 4 · 3 / 8 = 2.5 at step 3.
+    f = schedules.delayed_linear(delay_steps=3, start=4.0, stop=0.0, steps=8)
+    assert [f(s) for s in (0, 2, 3, 4, 8, 99)] == [0, 0, 2.5, 2, 0, 0]
+    undelayed, line = (schedules.delayed_linear(delay_steps=0, start=4.0, stop=1.0, steps=8),
+                       schedules.linear(start=4.0, stop=1.0, steps=8))
+    assert [undelayed(s) for s in range(12)] == [line(s) for s in range(12)]
+    constant = schedules.delayed_linear(delay_steps=2, start=3.0, stop=3.0, steps=0)
+    assert [constant(s) for s in (0, 1, 2, 50)] == [0, 0, 3, 3]
+
   @pytest.mark.parametrize('name, entries', [
-      ('constant', dict(value=1)), ('warmup_constant', dict(peak=1, warmup_steps=3)),
+      ('delayed_linear', dict(delay_steps=2, start=1, stop=0, steps=5)), ('constant', dict(value=1)),
+      ('warmup_constant', dict(peak=1, warmup_steps=3)),
       ('warmup_cosine', dict(peak=1, warmup_steps=3, steps=9, final=0.1)), ('linear', dict(start=1, stop=0, steps=5))])
   def test_finite_numbers_of_python(self, name, entries):
     f = getattr(schedules, name)(**entries)
@@ -66,6 +77,11 @@ class TestMake:
     rule = dict(name='linear', start=1.0, stop=0.0, steps=10)
     out = hypers(5, terms=('em',), lr=rule, kl_coef=rule, temperature=rule, weights={'em': rule})
     assert [out[n] for n in ('lr/policy', 'kl_coef', 'temperature', 'weight/em')] == [0.5] * 4
+
+  def test_a_policy_waits_for_its_critic(self):
+    wait = dict(name='delayed_linear', delay_steps=2, start=1e-3, stop=1e-3, steps=10)
+    rates = [hypers(s, ('policy', 'value'), lr={'policy': wait, 'value': 1e-2}) for s in (0, 1, 2)]
+    assert [r['lr/policy'] for r in rates] == [0, 0, 1e-3] and {r['lr/value'] for r in rates} == {1e-2}
 
   def test_no_memory(self):
     s = make(ENTRY)

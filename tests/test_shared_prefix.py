@@ -1,4 +1,4 @@
-"""SLATE's sampling through the event loop: candidates, who goes on, what runs, what is trained; golden cases L1 to L3."""
+"""SLATE's sampling through the event loop: who goes on, what runs, what is trained; golden cases L1 to L3."""
 from __future__ import annotations
 
 import collections
@@ -13,7 +13,8 @@ from rlsearch.rewards import combine
 from rlsearch.rollout import grow as grow_lib, pack as pack_lib, score as score_lib, trees as trees_lib
 from rlsearch.sampling import forest as forest_lib
 from rlsearch.sampling.shared_prefix import advantages, selection
-from rlsearch.types import (ANSWERED, FAILED_SERVICE, FORCED, NOT_CONTINUED, OBSERVATION, POLICY, Cursor, Outcome, Passage)
+from rlsearch.types import (ANSWERED, FAILED_SERVICE, FORCED, NOT_CONTINUED, OBSERVATION, POLICY, Cursor, Outcome,
+    Passage)
 
 KEY = (5, 2)
 JUDGED = ('think', 'query', 'answer', 'early')
@@ -51,11 +52,13 @@ def search(call):
   return Outcome('refused') if n % 10 == 1 else fakes.found(f'text of {call.args["queries"][0]}')
 
 
-def grow(plan, *, max_searches=3, num=NUM_QUESTIONS, say=say, judge=judge, search=search, rng=None, calls=None, requests=None,
+def grow(plan, *, max_searches=3, num=NUM_QUESTIONS, say=say, judge=judge, search=search, rng=None, calls=None,
+    requests=None,
          questions=None, tools=None, budget=4):
   serve = lambda call: judge(call) if call.tool == 'judge' else search(call)
   render = fakes.render(max_searches=max_searches, separator='\n', document='{text}')
-  run = grow_lib.make_grow(plan, make_terms(budget), fakes.source(questions or [fakes.question(i) for i in range(num)]), render,
+  run = grow_lib.make_grow(plan, make_terms(budget),
+      fakes.source(questions or [fakes.question(i) for i in range(num)]), render,
                            fakes.engine(say, rng, requests), tools or fakes.tools(serve, rng, calls))
   grown = run(Cursor(0, 1), num, KEY, HYPERS, lambda: False)
   assert grown.complete
@@ -93,7 +96,8 @@ class Step:
     self.rows = plan.rows(grown.forest)
     self.episodes = [forest_lib.episode(grown.forest, row, KEY) for row in self.rows]
     asked = []
-    self.scored = score_lib.score_rows(make_terms(budget), self.episodes, grown.outcomes, fakes.tools(judge, None, asked), num_turns)
+    self.scored = score_lib.score_rows(make_terms(budget), self.episodes, grown.outcomes,
+        fakes.tools(judge, None, asked), num_turns)
     assert not asked                                     # all of it was asked while the forest grew
     B, K = 192, num_turns                                 # one shape, so that few programs are compiled
     self.packed = pack_lib.pack(grown.forest, self.rows, self.scored.scored, num_rows=B, length=640, num_turns=K,
@@ -224,7 +228,8 @@ class TestTree:
   @pytest.mark.parametrize('B', [1, 2, 4])
   def test_an_answer_is_forced_behind_b_steps(self, B):
     requests = []
-    forest = grow(slate(), max_searches=B, say=lambda r: 'F</answer>' if len(r.forced_ids) else '<think>t</think><search>q</search>',
+    forest = grow(slate(), max_searches=B,
+        say=lambda r: 'F</answer>' if len(r.forced_ids) else '<think>t</think><search>q</search>',
                   requests=requests).forest
     forced = [r for r in requests if len(r.forced_ids)]
     assert len(forced) == len(forest) and len(requests) == len(forest) * (3 * B + 1)
@@ -275,10 +280,20 @@ class TestAllFailed:
     assert not step.scored.scored.any() and not step.traj.turn_valid.any() and not step.traj.loss_weight.any()
     assert step.by_node == {} and not step.advantage.any()
 
+  def test_the_steps_before_are_trained_as_if_the_step_had_not_been_sampled(self):
+    # Step 1 of question 0 fails whole: step 0 keeps its three members, and the one that was drawn is trained.
+    plan, sayings = slate(3, 0.0), lambda r: 'F</answer>' if len(r.forced_ids) else '<think>t</think><search>q</search>'
+    entries = dict(num=1, say=sayings, search=lambda c: fakes.found('d'), max_searches=2)
+    clean = Step(plan, grow(plan, **entries), 3)
+    step = Step(plan, grow(plan, **entries, judge=lambda c: Outcome('timeout') if len(c.uid) == 7 else judge(c)), 3)
+    first = lambda nodes: {path: x for (_, path), x in nodes.items() if len(path) == 2}
+    assert first(step.by_node) == first(clean.by_node)
+
   def test_one_that_failed_is_never_drawn(self):
     plan = slate(3, 5.0)
     fail = lambda call: Outcome('malformed') if call.uid[-2] == 1 else judge(call)         # sample 1 of every step
-    for q, tree in grow(plan, judge=fail, num=20, say=lambda r: 'F</answer>' if len(r.forced_ids) else '<search>q</search>'
+    for q, tree in grow(plan, judge=fail, num=20,
+        say=lambda r: 'F</answer>' if len(r.forced_ids) else '<search>q</search>'
                         ).forest.items():
       drawn = plan.drawn(tree, (*KEY, q))
       for children in candidates(tree).values():
@@ -307,7 +322,8 @@ class TestRows:
       mine = [row for row in plan.rows(grown.forest) if row.question == q]
       depth = {row.leaf: forest_lib.depth(tree.nodes[row.leaf]) for row in mine}
       whole = [row for row in mine if row.first_trained_turn != depth[row.leaf] - 1]
-      assert len(whole) <= 1 and all(row.first_trained_turn == 0 and depth[row.leaf] == max(depth.values()) for row in whole)
+      assert len(whole) <= 1
+      assert all(row.first_trained_turn == 0 and depth[row.leaf] == max(depth.values()) for row in whole)
 
   def test_advantages_are_those_of_each_steps_scores(self):
     plan = slate()
@@ -315,10 +331,12 @@ class TestRows:
     step = Step(plan, grown, 4)
     for q, tree in grown.forest.items():
       for children in candidates(tree).values():
-        if any(tree.nodes[j].turn.outcome is not None and tree.nodes[j].turn.outcome.kind == 'refused' for j in children):
+        outcomes = [tree.nodes[j].turn.outcome for j in children]
+        if any(o is not None and o.kind == 'refused' for o in outcomes):
           continue                                       # a refused query is scored as an invalid action afterwards
         found = [step.by_node[q, tree.nodes[j].path] for j in children]
-        assert found == pytest.approx(advantages([tree.nodes[j].score.value for j in children], True).tolist(), abs=1e-5)
+        assert found == pytest.approx(advantages([tree.nodes[j].score.value for j in children], True).tolist(),
+            abs=1e-5)
 
   def test_siblings_and_steps_are_counted_once(self):
     plan = slate()
@@ -347,7 +365,7 @@ QUESTION = fakes.question(0, ('gold',), 'Q?')
 
 
 def scripted(said, scores, B):
-  """Grows one question with k = 2 and eta = 0; `said` by turn, or (turn, sample); scores by (turn, dimension): of both samples."""
+  """Grows one question with k = 2 and eta = 0; `said` by turn, scores of both samples by (turn, dimension)."""
   calls = []
   turn_of = lambda uid: len(uid) - len(KEY) - 3
   def speak(request):
@@ -374,7 +392,8 @@ def group(tree, step, parent):
 def segments(tree, step):
   """The longest path's text behind the prompt, in pieces of one trained or untrained kind."""
   t, pieces = step.traj, []
-  b = max(range(len(step.rows)), key=lambda b: (len(forest_lib.lineage(tree, step.rows[b].leaf)), step.rows[b].first_trained_turn == 0))
+  b = max(range(len(step.rows)), key=lambda b: (len(forest_lib.lineage(tree, step.rows[b].leaf)),
+      step.rows[b].first_trained_turn == 0))
   for token, role, weight, index in zip(t.tokens[b], t.role[b], t.loss_weight[b], t.turn_index[b], strict=True):
     if index < 0:
       continue
@@ -402,7 +421,8 @@ class TestGoldenLoop:
     assert values == pytest.approx([2.075, -1.925]) and selected == 0 and actions == [('answer', 'x', 'u')] * 2
     assert found == pytest.approx([0.707107, -0.707107], abs=1e-5)
     # The carrier of the first turn may be either sibling of the last step: both end in the same text here.
-    assert segments(tree, step) == [(SEARCH, TRAINED), ('\n<information>Doc A</information>\n', SEEN), (ANSWER, TRAINED)]
+    assert segments(tree, step) == [(SEARCH, TRAINED), ('\n<information>Doc A</information>\n', SEEN),
+        (ANSWER, TRAINED)]
     contexts = [c.args['prompt'].split('\n\n')[1] for c in calls if c.tool == 'judge']
     assert contexts == ['Question: Q?'] * 4 + ['Question: Q?\nThinking: t\nQuery: q\nRetrieved: Doc A'] * 4
     # Departure: the released loop loses the gold answer on its way to the judge (judge_gold '').
@@ -414,8 +434,9 @@ class TestGoldenLoop:
     values, found, actions, selected = group(tree, step, 0)
     assert (values, selected, actions) == ([2.0, 0.0], 0, [('search', 'q', 't')] * 2)
     assert found == pytest.approx([0.707106, -0.707106], abs=1e-5)
-    # Departures: the answer is not put into an open <think>, and the opener, which the policy did not choose, is not trained.
-    assert segments(tree, step) == [(SEARCH, TRAINED), ('\n<information>Doc A</information>\n', SEEN), ('<answer>', UNCHOSEN),
+    # Departures: the answer is not put into an open <think>; the opener, which nobody chose, is not trained.
+    assert segments(tree, step) == [(SEARCH, TRAINED), ('\n<information>Doc A</information>\n', SEEN),
+        ('<answer>', UNCHOSEN),
                                     ('F</answer>', TRAINED)]
     # Unjudged, in no group, without advantage.
     assert {c.uid[-1] for c in calls if c.tool == 'judge'} == {'think', 'query'} and len(calls) == 5

@@ -30,7 +30,8 @@ class TestTfidf:
 
   # scikit-learn 1.9.1, TfidfVectorizer() fitted to [document, *others], cosine_similarity; rounded to 9 digits.
   SKLEARN = [
-      ('Paris is the capital of France.', ['France is a country; its capital is Paris.', 'Berlin is the capital of Germany.'],
+      ('Paris is the capital of France.', ['France is a country; its capital is Paris.',
+      'Berlin is the capital of Germany.'],
        [0.573530874, 0.544328385]),
       ('the cat sat on the mat the cat', ['The CAT!', 'a dog, a log'], [0.829044293, 0.0]),
       ('a b c', ['a b c', 'words here'], [0.0, 0.0]),                        # words of one letter are none
@@ -46,7 +47,7 @@ class TestTfidf:
     assert tfidf.cosine(document, others) == pytest.approx(wanted, abs=1e-9)
 
   def test_by_hand(self):
-    # n = 2 texts; 'aa' is in both: idf 1; 'bb' and 'cc' in one: idf 1 + ln(3 / 2) = w.  (1, w) · (1, w') = 1 / (1 + w²).
+    # n = 2 texts; 'aa' is in both: idf 1; 'bb' and 'cc' in one: idf 1 + ln(3 / 2) = w.  Cosine 1 / (1 + w²).
     w = 1 + np.log(1.5)
     assert tfidf.cosine('aa bb', ['aa cc']) == pytest.approx([1 / (1 + w * w)])
 
@@ -73,12 +74,13 @@ class TestEvidenceGain:
     assert retrieval.coverage_gains([]) == []
 
   def test_by_hand(self):
-    # Two gold passages.  Turn 0 brings the first whole and nothing of the second: gain 1/2.  Turn 1 the same: nothing new.
+    # Two gold passages.  Turn 0 brings the first whole and nothing of the second: gain 1/2.  Turn 1 the same again.
     # Turn 2 finds nothing, turn 3 the second and a stranger: 1/2.  The answer says nothing.
     gold = (('A', 'alpha beta'), ('B', 'gamma delta'))
     episode = fakes.episode(found_turn(1, 'alpha beta'), found_turn(2, 'alpha beta'), found_turn(3, kind='empty'),
                             found_turn(4, 'other', 'gamma delta'), '<answer>x</answer>', gold_texts=gold)
-    assert score(rewards.evidence_gain(scale=2.0, released_scaling=False), episode)[0] == [pytest.approx(x) for x in (1, 0, 0, 1)] + [None]
+    assert score(rewards.evidence_gain(scale=2.0, released_scaling=False),
+        episode)[0] == [pytest.approx(x) for x in (1, 0, 0, 1)] + [None]
 
   def test_says_nothing_without_gold_texts_or_result(self):
     term = rewards.evidence_gain(**STEP)
@@ -89,7 +91,8 @@ class TestEvidenceGain:
 
   def test_documents_are_compared_by_their_text(self):
     # A document's own title is not read: the released code splits documents at their titles.
-    episode = fakes.episode(fakes.turn('<search>q</search>', outcome=Outcome('ok'), passages=(Passage('p', 'alpha beta', 'other', 1.),)),
+    episode = fakes.episode(fakes.turn('<search>q</search>', outcome=Outcome('ok'),
+        passages=(Passage('p', 'alpha beta', 'other', 1.),)),
                             gold_texts=(('alpha beta', 'alpha beta'),))
     assert score(rewards.evidence_gain(**STEP), episode) == [[0.0]]
 
@@ -102,7 +105,8 @@ class TestRedundancy:
     assert retrieval.repeated_shares(self.GOLDEN) == pytest.approx([0, 2 / 3, 2 / 3])
 
   def test_as_a_term(self):
-    episode = fakes.episode(*(found_turn(i, *texts) for i, texts in enumerate(self.GOLDEN)), found_turn(4, kind='empty'), 'junk')
+    episode = fakes.episode(*(found_turn(i, *texts) for i, texts in enumerate(self.GOLDEN)),
+        found_turn(4, kind='empty'), 'junk')
     (said,) = score(rewards.redundancy(scale=0.6, released_scaling=False), episode)
     assert said == [pytest.approx(x) for x in (0, -0.4, -0.4, 0)] + [None]
 
@@ -128,12 +132,13 @@ class TestRedundancy:
 class TestSubQuestionMatch:
 
   def said(self, *queries, groups=(('who directed it', 'director'), 'birth place')):
-    return score(rewards.sub_question_match(), fakes.episode(*(search_turn(q) for q in queries), 'junk', sub_questions=groups))[0]
+    return score(rewards.sub_question_match(), fakes.episode(*(search_turn(q) for q in queries), 'junk',
+        sub_questions=groups))[0]
 
   def test_golden_c(self):
     # The groups end at 1.0 and .5: .75, which counts .618 beside the answer's F1 of 1.
     said = self.said('director', 'birth of him', groups=('director', 'birth day'))
-    assert said == [None, None, pytest.approx((1.0 + 0.4) / 2)]                      # 'birth' of 3 and of 2 words: 2 / 5
+    assert said == [None, None, pytest.approx((1.0 + 0.4) / 2)]            # 'birth' of 3 and of 2 words: 2 / 5
     said = self.said('director', 'birth x', groups=('director', 'birth day'))
     assert said[-1] == 0.75 and 1 + 0.618 * said[-1] == pytest.approx(1.4635)
 
@@ -149,4 +154,5 @@ class TestSubQuestionMatch:
     assert self.said('q', groups=()) == [None, None]
 
   def test_failed_service_is_not_scored(self):
-    assert score(rewards.sub_question_match(), fakes.episode(search_turn(kind='timeout'), ended=FAILED_SERVICE, sub_questions=('q',))) == [None]
+    assert score(rewards.sub_question_match(), fakes.episode(search_turn(kind='timeout'), ended=FAILED_SERVICE,
+        sub_questions=('q',))) == [None]

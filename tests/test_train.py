@@ -16,10 +16,11 @@ from ml_collections import ConfigDict
 import numpy as np
 import pytest
 
+from configs import slate
 from rlsearch import checkpoint, engines, outside, report, services, settings, train
-from rlsearch.types import ENDS, OK, POLICY, TIMEOUT, Engine, Outcome, Turn
+from rlsearch.types import ENDS, FORCED, OK, POLICY, TIMEOUT, Engine, Outcome, Turn
 import small_run
-from small_config import get_config
+from small_config import get_config, shrink
 from small_run import COLD, RL
 
 QUIET = {'evals.every': 0, 'evals.num': 0, 'evals.final_num': 0, 'evals.episodes': 0, 'tensorboard': False}
@@ -35,22 +36,28 @@ def scripted(config):
   """Returns a stand-in for engines.simple: a search, then an answer that is right for some coordinates."""
   env = services.environment(config)
 
+  def say(r):
+    turn, question = len(r.uid) - 4, env.train.get(r.uid[2])
+    if turn == 1:
+      return f'<search> {question.meta["start"]} </search>'
+    return f'<answer> {question.answers[0] if number(r.uid) % 2 else "no"} </answer>'
+  return speaking(say)
+
+
+def speaking(say):
+  """Returns a stand-in for engines.simple that says say(request) behind what is forced."""
   def simple(model, tok, stops, mesh, *, rows, contexts, max_new_tokens):
     del model, stops, mesh, rows, contexts
     waiting = []
 
-    def say(r):
-      turn, question = len(r.uid) - 4, env.train.get(r.uid[2])
-      if turn == 1:
-        return f'<search> {question.meta["start"]} </search>'
-      return f'<answer> {question.answers[0] if number(r.uid) % 2 else "no"} </answer>'
-
     def poll():
       out = []
       for r in waiting:
-        ids = tok.encode(say(r))
-        assert len(ids) <= max_new_tokens
-        out.append((r, Turn(ids, np.full(len(ids), -2, np.float32), np.full(len(ids), POLICY, np.int8), 0, tok.decode(ids), True)))
+        said = tok.encode(say(r))
+        assert len(said) <= max_new_tokens
+        ids = np.concatenate([r.forced_ids, said]).astype(np.int32)
+        role = np.array([FORCED] * len(r.forced_ids) + [POLICY] * len(said), np.int8)
+        out.append((r, Turn(ids, np.where(role == POLICY, -2, 0).astype(np.float32), role, 0, tok.decode(ids), True)))
       waiting.clear()
       return out
     counts = lambda: {'generated_tokens': 0, 'prefilled_tokens': 0}
@@ -60,18 +67,25 @@ def scripted(config):
 
 def run_rl(workdir, entries, service=lambda search: search, steps=2):
   """Runs the RL stage alone with the scripted sampler; returns what each step's update was given and gave."""
-  config = small_run.claimed(small_run.changed(QUIET | {'engine.max_new_tokens': 24, 'length.turn': 24, **entries}))['stages'][RL]
+  config = small_run.claimed(small_run.changed(QUIET | {'engine.max_new_tokens': 24, 'length.turn': 24,
+      **entries}))['stages'][RL]
   config['steps'] = steps
   shared = services.shared(config, services.environment(config), epath.Path(workdir))
-  shared = shared._replace(services={'search': service(shared.services['search'])})
+  shared = shared._replace(services={**shared.services, 'search': service(shared.services['search'])})
+  with mock.patch.object(engines, 'simple', scripted(config)):
+    return updates(config, RL, epath.Path(workdir) / RL, shared)
+
+
+def updates(config, name, folder, shared):
+  """Trains a stage; returns what each step's update was given and gave."""
   seen = []
   def spy(program, state, packed, rewards, *rest):
     out = train_update(program, state, packed, rewards, *rest)
     seen.append((packed, rewards, out[1]))
     return out
   train_update = train.update_step
-  with mock.patch.object(engines, 'simple', scripted(config)), mock.patch.object(train, 'update_step', spy):
-    train.train(config, RL, epath.Path(workdir) / RL, None, shared, lambda: False)
+  with mock.patch.object(train, 'update_step', spy):
+    train.train(config, name, folder, None, shared, lambda: False)
   return seen
 
 
@@ -143,8 +157,10 @@ class TestMetrics:
 class TestEvals:
 
   def test_first_and_last_in_full_and_between_them_the_small_one(self):
-    found = [(e['step'], e['split'], e['mode'], e['num']) for e in small_run.lines(small_run.whole() / RL / 'evals.jsonl')]
-    assert found == [(step, split, mode, num) for step, split, num in ((0, 'test', 8), (2, 'validation', 4), (4, 'test', 8))
+    found = [(e['step'], e['split'], e['mode'],
+        e['num']) for e in small_run.lines(small_run.whole() / RL / 'evals.jsonl')]
+    assert found == [(step, split, mode, num) for step, split, num in ((0, 'test', 8), (2, 'validation', 4),
+        (4, 'test', 8))
                      for mode in ('sampled', 'greedy')]
 
   def test_every_share_has_its_interval(self):
@@ -239,7 +255,8 @@ class TestFailingRetriever:
     assert small_run.differences(tmp_path / 'clean', tmp_path, (RL,)) == []
 
   def test_all_rows_may_fail_where_that_is_allowed(self, tmp_path):
-    before = run_rl(tmp_path, {'max_failed_share': 1.0, 'schedule.kl_coef': 0.0, 'schedule.entropy_coef': 0.0}, failing(1.0), steps=1)
+    before = run_rl(tmp_path, {'max_failed_share': 1.0, 'schedule.kl_coef': 0.0, 'schedule.entropy_coef': 0.0},
+        failing(1.0), steps=1)
     line = small_run.lines(tmp_path / RL / 'metrics.jsonl')[0]
     assert line['rollout/rows_dropped'] == 16 and line['cost/trained_tokens'] == 0
     assert not before[0][2].any()
@@ -251,6 +268,65 @@ class TestFailingRetriever:
       return service
     with pytest.raises(RuntimeError, match="16 of 16 rows could not be scored .*'malformed': 16"):
       run_rl(tmp_path, {}, broken)
+
+
+class TestFailingJudge:
+  """SLATE with a scripted sampler and the world's oracle."""
+
+  def run(self, workdir, judge=lambda oracle: oracle, **entries):
+    c = shrink(slate.get_config('embedded'))
+    c.steps, c.sampling.num_candidates, c.rewards.early.budget, c.max_failed_share = 1, 3, 1, 0.9
+    c.engine.max_new_tokens = c.length.turn = 24
+    c.model.reference = False
+    c.updates.update(minibatches=1, old_logp='sampler')
+    c.evals.update(every=1, num=1, final_num=1, episodes=2)
+    c.update(entries)
+    config = settings.stages(settings.plain(c))['slate']
+    env = services.environment(config)
+    shared = services.shared(config, env, epath.Path(workdir))
+    shared = shared._replace(services={**shared.services, 'judge': judge(shared.services['judge'])})
+
+    def say(r):
+      question = env.train.get(r.uid[2])
+      if len(r.forced_ids):
+        return f' {question.answers[0]} </answer>'
+      relation = (*question.meta['relations'], 'x', 'y')[r.uid[-1]]                # every candidate another text
+      return (f'<think> take {relation} </think><search> {question.meta["start"]} </search>',
+          f'<search> {relation} </search>',
+              f'<answer> {relation} </answer>')[number(r.uid) % 3]
+    with mock.patch.object(engines, 'simple', speaking(say)):
+      return updates(config, 'slate', epath.Path(workdir) / 'slate',
+          shared), small_run.lines(workdir / 'slate' / 'metrics.jsonl')
+
+  @staticmethod
+  def timing_out(question):
+    return lambda oracle: lambda calls: [Outcome(TIMEOUT) if c.uid[2] == question and c.uid[4] == 1 else o
+                                         for c, o in zip(calls, oracle(calls), strict=True)]
+
+  def test_its_candidate_is_dropped_and_counted_and_no_other_question_learns_otherwise(self, tmp_path):
+    (clean,), (before,) = self.run(tmp_path / 'clean')
+    (failed,), (line,) = self.run(tmp_path / 'failed', self.timing_out(2))
+    assert line['rollout/rows_dropped'] >= 1 and before['rollout/rows_dropped'] == 0
+    assert line['rollout/calls/think/timeout'] == 1 and not any(k.startswith('rollout/calls/') for k in before)
+    rows = lambda step: {tuple(t[:n].tolist()): (a[:n].tolist(), q) for t, n, a, q in zip(
+        step[0].traj.tokens, step[0].lengths, step[2], step[0].traj.group_id, strict=True) if n}
+    lost = [tokens for tokens, (advantage, _) in rows(clean).items() if advantage != rows(failed).get(tokens,
+        (None,))[0]]
+    assert lost and len({rows(clean)[tokens][1] for tokens in lost}) == 1           # all of one question
+    assert len(rows(clean)) - len(lost) >= 9
+
+  def test_past_the_limit_nothing_is_trained(self, tmp_path):
+    with pytest.raises(RuntimeError, match=r"rows could not be scored .*max_failed_share=0.0\).*'timeout': \d"):
+      self.run(tmp_path, self.timing_out(1), max_failed_share=0.0)
+    assert not small_run.lines(tmp_path / 'slate' / 'metrics.jsonl')
+
+  def test_costs_and_trees_of_a_step(self, tmp_path):
+    (_, (packed, _, advantage)), (_, line) = self.run(tmp_path, steps=2)
+    assert line['cost/judge_tokens'] > 0 and line['cost/retrievals'] <= 4 < line['rollout/rows']
+    assert 0 < line['cost/distinct_tokens'] < line['cost/update_tokens'] == packed.lengths.sum()
+    trees = json.loads((tmp_path / 'slate' / 'trees-1.json').read_text())['trees']
+    assert [sum(n['selected'] for n in tree['nodes'] if n['parent'] == -1) for tree in trees] == [1, 1]
+    assert {n['forced'] for tree in trees for n in tree['nodes']} == {True, False} and advantage.any()
 
 
 class TestDeadRetriever:
@@ -272,7 +348,8 @@ class TestNotFinite:
       state = init(*args)
       return state.replace(trainable=jax.tree.map(lambda x: x * np.nan, state.trainable))
     init = train.update.init
-    with mock.patch.object(train.update, 'init', poisoned), pytest.raises(FloatingPointError, match='step 0: not finite'):
+    with mock.patch.object(train.update, 'init', poisoned), pytest.raises(FloatingPointError,
+        match='step 0: not finite'):
       small_run.run(small_run.changed(QUIET), tmp_path)
     assert not small_run.lines(tmp_path / COLD / 'metrics.jsonl')
     assert not (tmp_path / COLD / 'policy-2').exists()

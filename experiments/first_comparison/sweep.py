@@ -11,20 +11,12 @@ from __future__ import annotations
 import pathlib
 import sys
 
-from absl import app, flags
-
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from experiments import stats, sweep   # noqa: E402
 from experiments.sweep import Variant   # noqa: E402
 
-_OUT = flags.DEFINE_string('out', 'runs/experiments/first_comparison', 'Folder of the runs.')
-_SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds.')
-_STEPS = flags.DEFINE_integer('steps', 12, 'Steps of reinforcement learning; the rate falls over them.', lower_bound=2)
-_QUESTIONS = flags.DEFINE_integer('questions', 256, 'Test questions before and after.', lower_bound=1)
-_JOBS = flags.DEFINE_integer('jobs', 2, 'Runs at a time, of one thread each where more than 1.', lower_bound=1)
-_ONLY = flags.DEFINE_list('only', [], 'Variants to run; all without it.')
 _METHODS = ('search_r1_grpo', 'search_r1_ppo', 'rloo', 'step_search', 'igpo', 'slate')
 PLOTTED = ('generated_tokens', 'distinct_tokens', 'retrievals', 'judge_tokens')
 
@@ -106,18 +98,5 @@ def conclusion(complete, gains, after, rows, seeds) -> str:
   return f'{first}\n\n{second}\n\n{third}\n'
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'unknown argument {argv[1]!r}')
-  out, seeds = pathlib.Path(_OUT.value).absolute(), [int(s) for s in _SEEDS.value]
-  out.mkdir(parents=True, exist_ok=True)
-  arms = variants(_STEPS.value, _QUESTIONS.value)
-  unknown = set(_ONLY.value) - {v.name for v in arms}
-  if unknown:
-    raise app.UsageError(f'--only={sorted(unknown)}: no such variant; known: {[v.name for v in arms]}')
-  rows = sweep.sweep(out, [v for v in arms if not _ONLY.value or v.name in _ONLY.value], seeds, _JOBS.value)
-  report(out, rows, seeds)
-
-
 if __name__ == '__main__':
-  app.run(main)
+  sweep.run('first_comparison', variants, report)

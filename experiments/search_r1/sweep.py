@@ -12,20 +12,12 @@ from __future__ import annotations
 import pathlib
 import sys
 
-from absl import app, flags
-
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from experiments import stats, sweep   # noqa: E402
 from experiments.sweep import Variant   # noqa: E402
 
-_OUT = flags.DEFINE_string('out', 'runs/experiments/search_r1', 'Folder of the runs.')
-_SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds.')
-_STEPS = flags.DEFINE_integer('steps', 12, 'Steps of reinforcement learning; the rate falls over them.', lower_bound=2)
-_QUESTIONS = flags.DEFINE_integer('questions', 256, 'Test questions before and after.', lower_bound=1)
-_JOBS = flags.DEFINE_integer('jobs', 2, 'Runs at a time, of one thread each where more than 1.', lower_bound=1)
-_ONLY = flags.DEFINE_list('only', [], 'Variants to run; all without it.')
 
 # What is compared: arm, its base, and by how much the paper's average differs (arm minus base).
 COMPARED = (
@@ -92,18 +84,5 @@ def report(out: pathlib.Path, rows: list[dict[str, str]], seeds: list[int]) -> N
   print(f'{directions}\n\n{runs}\n\n{conclusion}')
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'unknown argument {argv[1]!r}')
-  out, seeds = pathlib.Path(_OUT.value).absolute(), [int(s) for s in _SEEDS.value]
-  out.mkdir(parents=True, exist_ok=True)
-  arms = variants(_STEPS.value, _QUESTIONS.value)
-  unknown = set(_ONLY.value) - {v.name for v in arms}
-  if unknown:
-    raise app.UsageError(f'--only={sorted(unknown)}: no such variant; known: {[v.name for v in arms]}')
-  rows = sweep.sweep(out, [v for v in arms if not _ONLY.value or v.name in _ONLY.value], seeds, _JOBS.value)
-  report(out, rows, seeds)
-
-
 if __name__ == '__main__':
-  app.run(main)
+  sweep.run('search_r1', variants, report)

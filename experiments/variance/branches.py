@@ -52,8 +52,8 @@ def check(sizes: Sizes) -> None:
   if sizes.k < 2:
     raise ValueError(f'--k={sizes.k}: a group has at least 2')
   if sizes.groups % sizes.prefixes or sizes.per_prefix < 2:
-    raise ValueError(f'--groups={sizes.groups}, --prefixes={sizes.prefixes}: wants 2 or more groups from each prefix, as '
-                     'many from each')
+    raise ValueError(f'--groups={sizes.groups}, --prefixes={sizes.prefixes}: wants 2 or more groups from each prefix, '
+                     'as many from each')
   if sizes.scouts < sizes.prefixes or not 1 <= sizes.probes <= sizes.prefixes:
     raise ValueError(f'--scouts={sizes.scouts}, --probes={sizes.probes}: wants scouts >= prefixes >= probes >= 1')
   if sizes.rollouts < 2 or sizes.rollouts % 2:

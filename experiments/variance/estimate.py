@@ -6,6 +6,7 @@ serves all of it.
 from __future__ import annotations
 
 from collections.abc import Callable
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -95,12 +96,17 @@ def interval(sums: np.ndarray, function: Callable[..., np.ndarray], draws: int =
   num = len(sums)
   if not num:
     return Interval(float('nan'), float('nan'), float('nan'))
-  counts = np.random.default_rng(seed).multinomial(num, np.full(num, 1 / num), size=draws)
   value = function(*sums.sum(axis=0)[:, None])[0]
-  drawn = function(*(counts @ sums).T)
+  drawn = function(*(_draws(num, draws, seed) @ sums).T)
   drawn = drawn[np.isfinite(drawn)]
   low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (np.nan, np.nan)
   return Interval(float(value), float(low), float(high))
+
+
+@functools.lru_cache(maxsize=8)
+def _draws(num: int, draws: int, seed: int) -> np.ndarray:
+  """How often each of `num` questions is drawn, f64[draws, num]."""
+  return np.random.default_rng(seed).multinomial(num, np.full(num, 1 / num), size=draws).astype(np.float64)
 
 
 def _divide(a, b):
@@ -127,7 +133,8 @@ def moments(g: np.ndarray, exists: np.ndarray) -> dict[str, np.ndarray]:
   mean = g.mean(axis=2)
   trace = np.sum(np.square(g - mean[:, :, None]), axis=(2, 3)) / (num_groups - 1)
   norm2 = np.sum(np.square(mean), axis=2) - trace / num_groups
-  found = {'count': weight.sum(axis=1), 'trace': np.sum(trace * weight, axis=1), 'norm2': np.sum(norm2 * weight, axis=1)}
+  total = lambda x: np.sum(x * weight, axis=1)
+  found = {'count': weight.sum(axis=1), 'trace': total(trace), 'norm2': total(norm2)}
   count = exists.sum(axis=1)
   if g.shape[1] == 1:
     return {**found, **{f'{name}_question': found[name] for name in ('count', 'trace', 'norm2')}}

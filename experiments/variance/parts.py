@@ -73,7 +73,7 @@ def costs(data: Data, t: int | None, estimator: str, reward: str, seconds_a_toke
 
 
 def variance(data: Data, seconds_a_token: float) -> list[Row]:
-  """Returns the rows of part 'variance': of raw rewards, of advantages, shares of prefix and of groups without spread."""
+  """Returns the rows of part 'variance': raw rewards, advantages, shares of prefixes and of groups without spread."""
   num_turns, found = data.there.shape[3], []
   for m, reward in enumerate(REWARDS):
     base = {t: spread_sums(data, t, 'truncated', m) for t in range(num_turns)}
@@ -163,7 +163,7 @@ def covariance(data: Data, seconds_a_token: float) -> list[Row]:
 
 
 def gradient(data: Data, seconds_a_token: float) -> list[Row]:
-  """Returns the rows of part 'gradient': variance, squared mean and their ratio of g = (1/k) Σ_j A_j ∇ log π(turn t)."""
+  """Returns the rows of part 'gradient': variance and squared mean of g = (1/k) Σ_j A_j ∇ log π(turn t)."""
   found = []
   for m, reward in enumerate(REWARDS):
     for t in range(data.there.shape[3]):
@@ -199,7 +199,7 @@ def gradient(data: Data, seconds_a_token: float) -> list[Row]:
 
 
 def truth(data: Data, t: int, reward: int, of: str) -> tuple[np.ndarray, np.ndarray]:
-  """Returns two independent estimates of the true advantages of the first groups' turns, f64[Q, P, k] each, nan where none.
+  """Returns two independent estimates of the true advantages of the first groups' turns, f64[Q, P, k]; nan where none.
 
   A = r_t + E[later rewards | turn] - E[rewards from t on | prefix], each expectation by rollouts in two halves.
 
@@ -241,7 +241,8 @@ def bias(data: Data, seconds_a_token: float) -> list[Row]:
           a = estimate.advantages(x[:, :, 0], normalisation, there[:, :, 0])
           known = np.isfinite(first) & np.isfinite(second)
           sums = lambda y: np.sum(np.where(known, y, 0.0), axis=(1, 2))
-          both = np.stack([sums(a * (first + second) / 2), sums(first * second), sums(a * a), sums(known * 1.0)], axis=1)
+          both = np.stack([sums(a * (first + second) / 2), sums(first * second), sums(a * a), sums(known * 1.0)],
+                          axis=1)
           both = both[both[:, 3] > 0]
           if not len(both):
             continue

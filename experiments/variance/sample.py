@@ -17,7 +17,8 @@ import numpy as np
 from configs import slate
 from experiments.variance import branches, scores as scores_lib
 from experiments.variance.branches import Sizes
-from rlsearch import engines, method as method_lib, outside, parallel, protocols, rewards as reward_terms, services, settings
+from rlsearch import (engines, method as method_lib, outside, parallel, protocols, rewards as reward_terms, services,
+                      settings)
 from rlsearch.ask import agent as agents
 from rlsearch.data.questions import Source
 from rlsearch.models import model as models

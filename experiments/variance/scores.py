@@ -1,8 +1,8 @@
 """Gradients of turns' log-probabilities, projected: ∇ Σ log π(tokens of one turn) on sparse random directions.
 
 Every parameter belongs to one of D directions, with a random sign; then E <Sx, Sy> = <x, y> over the draw of
-directions, with a relative error of about sqrt(2 / D) (Charikar et al. 2002; Weinberger et al. 2009).  A policy gradient
-is linear in these, so one pass serves every estimator: S g = (1/k) Σ_j A_j S ∇ log π(turn j).
+directions, with a relative error of about sqrt(2 / D) (Charikar et al. 2002; Weinberger et al. 2009).  A policy
+gradient is linear in these, so one pass serves every estimator: S g = (1/k) Σ_j A_j S ∇ log π(turn j).
 """
 from __future__ import annotations
 

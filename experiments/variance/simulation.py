@@ -4,7 +4,7 @@
   full            k trajectories; A = R - mean R, R = Σ_t r_t: Var = (1 - 1/k) T σ²
   truncated       k actions from one prefix; A = r_t - mean r_t: Var = (1 - 1/k) σ²
   gradient        a_t ~ Bernoulli(1/2), r_t = a_t + noise of variance 1/4; g = (1/k) Σ_j A_j (a_j - 1/2)
-  prefix share s  r_t = p + e, Var p = s, Var e = 1 - s; truncated fixes p, per-step rewards of whole trajectories do not
+  prefix share s  r_t = p + e, Var p = s, Var e = 1 - s; truncated fixes p, per-step rewards of trajectories do not
 """
 from __future__ import annotations
 

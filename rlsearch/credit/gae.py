@@ -25,7 +25,9 @@ def gae(*, gamma: float, lam: float, kl_coef: float, whiten: bool, eps: float = 
   tokens too.
 
   Bias (tests/test_bias.py): none with γ = λ = 1 and without whitening, whatever the critic says; with λ < 1 that of the
-  critic; whitening shifts every advantage by the step's mean, a baseline that depends on the sampled tokens.
+  critic (measured with a wrong one: cosine to the gradient .998, .85, .40 for λ .95, .5, 0); γ below 1 undervalues what
+  comes later.  Whitening is biased by few episodes only (cosine .70, .92 with 2, 5): a token is part of its own mean and
+  deviation; with many, the mean is a constant baseline and only a scale is left.
 
   Args:
     gamma, lam: γ, λ.

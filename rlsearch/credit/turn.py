@@ -34,8 +34,11 @@ def turn_returns(*, gamma: float, normalize: str, baseline: str = 'none', ddof: 
 
   Bias (tests/test_bias.py): without normalisation and with γ = 1 none.  Centring in a pool subtracts a constant from
   every turn's reward, and the sum of those constants depends on how many rewarded turns are left: where the number of
-  turns varies, long trajectories are favoured or punished by the pool's mean.  Deviations reweigh terms and groups.
-  A γ below 1 undervalues what a turn earns later.
+  turns varies, long trajectories are favoured or punished by the pool's mean.  That does not vanish with the size of the
+  group: the estimate tends to the gradient of E[Σ (r - mean_pool)] (measured: cosine to the gradient .67 per_term and .82
+  pooled with 8 samples).  Deviations reweigh terms and groups.  With token_index each token is short by E[1 - 1/m], m
+  the rows that reach its column, so later turns are shortened more (cosine .96, .995 with 2, 5 samples).  A γ below 1
+  undervalues what a turn earns later.
 
   Args:
     gamma: γ.

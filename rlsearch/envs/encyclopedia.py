@@ -10,7 +10,8 @@ their type.  `hard` is `standard` (the same entities, passages and questions) an
 begin with "rumour says" and tell of an entity what is true of another one.
 
 The rule: what a passage that begins with "rumour says" states is false; the entity's own passage,
-which never begins so, states the truth.  One passage of the world says so too.
+which never begins so, states the truth.  One passage of the world says so too.  Who reads the best three
+passages and ignores the rule answers about a quarter of the questions wrongly that the rule answers rightly.
 """
 from __future__ import annotations
 
@@ -159,19 +160,19 @@ def draw_questions(world: World, split: str, num: int, rng: np.random.Generator,
     raise ValueError(f'draw_questions: split={split!r}; known: {SPLITS}')
   kinds = (*world.preset.hops, *world.preset.kinds) if hops is None else tuple(hops)
   asked, drawn = np.zeros(len(RELATIONS) * len(world.names), np.int64), []
-  for i, num_hops in enumerate(kinds):
+  for i, kind in enumerate(kinds):
     share = num // len(kinds) + (i < num % len(kinds))
-    if num_hops in KINDS:
-      drawn += KINDS[num_hops](world, split, share, rng)
+    if kind in KINDS:
+      drawn += KINDS[kind](world, split, share, rng)
       continue
-    path, relations = _chains(world, world.members[split], num_hops)
+    path, relations = _chains(world, world.members[split], kind)
     wording = rng.integers(2, size=len(path))
     if split == 'train':
       path, relations = np.tile(path, (2, 1)), np.tile(relations, (2, 1))
       wording = np.concatenate([wording, 1 - wording])
     if share > len(path):
       raise ValueError(
-          f'draw_questions: {share} distinct {split} questions of {num_hops} hops wanted '
+          f'draw_questions: {share} distinct {split} questions of {kind} hops wanted '
           f'(num={num}), only {len(path)} exist among {len(world.members[split])} {split} entities')
     order = rng.permutation(len(path))
     answer = relations[order, -1] * len(world.names) + path[order, -1]

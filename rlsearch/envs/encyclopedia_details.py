@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +33,7 @@ def add_twins(names: list[str], types: np.ndarray, members: Mapping[str, np.ndar
   for split, entities in members.items():
     for kind in range(len(TYPES)) if split != 'famous' and share else ():
       chosen = rng.permutation(entities[types[entities] == kind]).tolist()
-      for i in range(0, 2 * round(share * len(chosen) / 2), 2):
+      for i in range(0, 2 * min(math.ceil(share * len(chosen) / 2), len(chosen) // 2), 2):
         place = int(rng.integers(2))
         shared = names[chosen[i]].split()[place]
         while True:

@@ -69,7 +69,8 @@ YEARS = (10, 99)                       # both included; two digits are three tok
 ALIAS = '{name} is also called {alias} .'
 DIRECTIONS = ('earlier', 'later')
 RUMOUR = 'rumour says'                 # how a passage begins whose facts are false, and no other one
-RULE = Passage('rule', 'rumour', f'a passage that begins with {RUMOUR} is false , the true facts stand in another one .', 0.)
+RULE = Passage('rule', 'rumour',
+               f'a passage that begins with {RUMOUR} is false , the true facts stand in another one .', 0.)
 
 SKELETON = ('start from', 'what do you reach if you take', 'the is', 'after', 'done')
 TAG_WORDS = ('think', 'search', 'answer', 'information')
@@ -124,7 +125,8 @@ def render_comparison(wording: int, direction: str, noun: str, names: Sequence[s
   The other wording is `X or Y , which has the earlier release ?`.
   """
   either = f'{names[0]} or {names[1]}'
-  return f'which has the {direction} {noun} , {either} ?' if wording == 0 else f'{either} , which has the {direction} {noun} ?'
+  which = f'which has the {direction} {noun}'
+  return f'{which} , {either} ?' if wording == 0 else f'{either} , {which} ?'
 
 
 def render_intersection(wording: int, kind: str, nouns: Sequence[str], values: Sequence[str]) -> str:

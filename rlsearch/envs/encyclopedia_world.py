@@ -36,7 +36,7 @@ class Preset(NamedTuple):
 
 
 _STANDARD = Preset(kinds=('comparison', 'intersection'), years=True, sharing=2, alias_share=.25, twin_share=.5)
-PRESETS: Mapping[str, Preset] = {'demo': Preset(), 'standard': _STANDARD, 'hard': _STANDARD._replace(rumour_share=.4)}
+PRESETS: Mapping[str, Preset] = {'demo': Preset(), 'standard': _STANDARD, 'hard': _STANDARD._replace(rumour_share=.3)}
 
 
 class World(NamedTuple):

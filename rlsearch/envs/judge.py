@@ -189,7 +189,8 @@ def judge_thinking(question: Question, turns: Sequence[Turn]) -> int:
   says = lambda text: all(w in words for w in _plain(text))
   wanted = [says(meta['sub_answers'][found[-1]])] if found else []
   wanted += [any(says(meta['relations'][i]) for i in left)] if left else []
-  fair = {w for text in (question.text, *(meta['sub_answers'][i] for i in found)) for w in _plain(text)}
+  known = range(len(meta['sub_answers'])) if meta.get('famous') else found       # what is known by heart may be said
+  fair = {w for text in (question.text, *(meta['sub_answers'][i] for i in known)) for w in _plain(text)}
   names = {w for word in thought.split() if word[:1].isupper() for w in _plain(word)}
   if not wanted:
     return 0

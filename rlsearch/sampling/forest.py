@@ -87,4 +87,4 @@ def episode(forest: Forest, row: Row, key: Key) -> Episode:
   path = lineage(tree, row.leaf)
   leaf = tree.nodes[row.leaf]
   return Episode(tree.question, tree.prompts[leaf.path[0]], tuple(tree.nodes[i].turn for i in path),
-                 tuple((*key, row.question, *tree.nodes[i].path) for i in path), leaf.ended)
+                 tuple((*key, row.question, *tree.nodes[i].path) for i in path), leaf.ended or NOT_CONTINUED)

@@ -105,10 +105,16 @@ def _rows(q: int, tree: Tree, root: int) -> list[Row]:
   """The rows below one root: one of the longest paths, whole, and every other leaf for its own turn.
 
   Only nodes that went on have children, so the deepest leaves are siblings: any of them can carry the turns before.
-  One that could be scored does, for a row that could not is dropped whole.
+  One that could be scored does, for a row that could not is dropped whole.  Where none could, a row of its own carries
+  the turns before.
   """
   leaves = [i for i in forest_lib.leaves(tree) if tree.nodes[i].path[0] == tree.nodes[root].path[0]]
   fit = lambda node: node.ended != FAILED_SERVICE and (node.score is None or node.score.kind == OK)
   carrier = min(leaves, default=None, key=lambda i: (
       -forest_lib.depth(tree.nodes[i]), not fit(tree.nodes[i]), tree.nodes[i].ended != ANSWERED, tree.nodes[i].path))
-  return [Row(q, i, 0 if i == carrier else forest_lib.depth(tree.nodes[i]) - 1) for i in leaves]
+  own = [Row(q, i, forest_lib.depth(tree.nodes[i]) - 1) for i in leaves]
+  if carrier is None:
+    return []
+  if fit(tree.nodes[carrier]) or forest_lib.depth(tree.nodes[carrier]) == 1:
+    return [row if row.leaf != carrier else Row(q, carrier, 0) for row in own]
+  return [Row(q, tree.nodes[carrier].parent, 0), *own]
