@@ -34,7 +34,6 @@ def shrink(c: ConfigDict) -> ConfigDict:
   c.checkpoint.every = 1
   cold = c.stages.cold_start
   cold.steps = 2
-  cold.model = dict(reference=False)
   cold.data.source.demonstrations.clean_positions = 8
   cold.length = dict(buckets=((8, 120),))
   cold.schedule.lr.update(steps=2, warmup_steps=1)
