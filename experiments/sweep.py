@@ -48,12 +48,22 @@ def spec(out: pathlib.Path, v: Variant, seed: int, scale: str = 'embedded') -> p
   return path
 
 
-def cold_key(path: pathlib.Path) -> str:
-  """Returns a digest of all in a run's first stage that its parameters depend on: equal ones share a cold start."""
+def earlier(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the configs of a run's stages before its last."""
   stages = settings.stages(settings.plain(variant_lib.get_config(str(path))))
-  first = next(iter(stages.values()))
-  kept = {k: x for k, x in first.items() if k not in ('engine', 'judge', 'tools', 'evals', 'tensorboard', 'checkpoint')}
-  return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+  return dict(list(stages.items())[:-1])
+
+
+def cold_key(path: pathlib.Path) -> str:
+  """Returns a digest of all that the stages before the last depend on: runs with equal ones share them.
+
+  A cold start samples nothing and asks no judge, so how that would be done does not count there.
+  """
+  free = {'cold_start': ('engine', 'judge', 'tools', 'evals', 'tensorboard', 'checkpoint')}
+  kept = {name: {k: x for k, x in stage.items() if k not in free.get(name, ('tools', 'evals', 'tensorboard', 'checkpoint'))}
+          for name, stage in earlier(path).items()}
+  only = kept['cold_start'] if list(kept) == ['cold_start'] else kept
+  return hashlib.sha256(json.dumps(only, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def train(path: pathlib.Path, workdir: pathlib.Path, one_thread: bool, *flags: str) -> None:
@@ -119,15 +129,17 @@ def sweep(out: pathlib.Path, variants: Sequence[Variant], seeds: Sequence[int], 
 
   def prepare(key):
     v, seed = cold[key]
-    workdir = out / 'cold' / f'{key[0]}-{key[1]}'
-    train(specs[v.name, seed], workdir, jobs > 1, '--until=cold_start')
+    workdir, last = out / 'cold' / f'{key[0]}-{key[1]}', list(earlier(specs[v.name, seed]))[-1]
+    if any((workdir / last).glob('policy-*')):
+      return                                               # another arm, or an earlier sweep, has made it
+    train(specs[v.name, seed], workdir, jobs > 1, '--overwrite', f'--until={last}')
 
   def one(v, seed):
     path, workdir = specs[v.name, seed], out / 'runs' / f'{v.name}-{seed}'
     source = out / 'cold' / f'{cold_key(path)}-{seed}'
-    for policy in (source / 'cold_start').glob('policy-*'):
-      if not (workdir / 'cold_start' / policy.name).exists():
-        shutil.copytree(policy, workdir / 'cold_start' / policy.name)
+    for left in sorted(f for stage in earlier(path) for kind in ('reward-*', 'policy-*') for f in (source / stage).glob(kind)):
+      if not (workdir / left.relative_to(source)).exists():
+        shutil.copytree(left, workdir / left.relative_to(source))
         shutil.copy(source / 'tokenizer.model', workdir / 'tokenizer.model')
     train(path, workdir, jobs > 1)
     append(table, row(v, seed, workdir))

@@ -85,7 +85,9 @@ class TestSweep:
     assert rows[0]['em_1'] == '0.75' and rows[0]['em_2'] == '' and rows[0]['commit'] == 'abc' and rows[0]['retrievals'] == '3'
     rows = sweep.sweep(tmp_path, arms, [0, 1], 1)
     assert len(rows) == 4 and sum(c == ('a-0',) for c in calls) == 1 and sum(c == ('b-1',) for c in calls) == 2
-    before = len(calls)
+    later = sweep.sweep(tmp_path, [*arms, Variant('c', 'igpo', {})], [0, 1], 1)       # shares the cold starts that are there
+    assert len(later) == 6 and sum(len(c) > 1 for c in calls) == 2
+    rows, before = later, len(calls)
     assert sweep.sweep(tmp_path, arms, [0, 1], 1) == rows and len(calls) == before
 
   def test_a_failed_run_shows_the_end_of_its_log(self, tmp_path):
