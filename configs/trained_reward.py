@@ -21,7 +21,7 @@ def get_config(scale='embedded'):
 
   c.protocol = dict(name='search_r1', max_searches=4)
   c.sampling = dict(name='independent', num_samples=5)
-  c.rewards = dict(module=dict(name='trained_reward', link='identity', bound='delta', eta=0.0))
+  c.rewards = dict(module=dict(name='trained_reward', link='logistic', bound='delta', eta=0.0))
   c.credit = dict(name='turn_returns', gamma=1.0, normalize='none', baseline='token_index')
   c.objective = dict(name='clipped_surrogate', clip_low=0.2, clip_high=0.2, kl='k3', aggregate='token')
   c.schedule = dict(

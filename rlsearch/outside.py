@@ -120,8 +120,12 @@ def logprob_service(engine: Engine, tok: Tokenizer) -> Service:
   return service
 
 
-def score_service(score: Callable[[Sequence[Ids]], np.ndarray]) -> Service:
-  """Returns the tool 'reward_module': a trained module's score of a path; a call's args are its `context_ids`."""
+def score_service(score: Callable[[Sequence[Ids], Sequence[np.ndarray]], np.ndarray]) -> Service:
+  """Returns the tool 'reward_module': a trained module's score of a path.
+
+  A call's args are its `context_ids` and `own`, bool per token: the agent's turns hold it.
+  """
   def service(calls: Sequence[Call]) -> list[Outcome]:
-    return [Outcome(OK if np.isfinite(v) else MALFORMED, float(v)) for v in score([c.args['context_ids'] for c in calls])]
+    values = score([c.args['context_ids'] for c in calls], [c.args['own'] for c in calls])
+    return [Outcome(OK if np.isfinite(v) else MALFORMED, float(v)) for v in values]
   return service

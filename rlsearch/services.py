@@ -123,9 +123,9 @@ def own(config: Mapping[str, Any], engine: Engine, tok: Tokenizer, model: ModelC
     folders = sorted((workdir / stage).glob('reward-*'), key=lambda f: int(f.name.split('-')[1]))
     if not folders:
       raise ValueError(f'config.reward_module.stage={stage!r}: {workdir / stage} has no reward-<steps> yet')
-    specs = {'head': heads.scalar_head_specs(model), 'trunk': params_lib.transformer_specs(model)}
+    specs = {'head': heads.reward_head_specs(model), 'trunk': params_lib.transformer_specs(model)}
     everywhere = jax.tree.map(lambda p: parallel.replicated(mesh), specs, is_leaf=params_lib.is_param)
     module = checkpoint.load_params(folders[-1], everywhere, specs)
     read = scoring.reader(scoring.last_score(model), mesh, config['engine']['rows'], config['engine']['contexts'])
-    found['reward_module'] = outside.score_service(lambda paths: read(module, paths, [0] * len(paths)))
+    found['reward_module'] = outside.score_service(lambda paths, own: read(module, paths, own))
   return found

@@ -131,7 +131,7 @@ class Row(NamedTuple):
 
 
 class Episode(NamedTuple):
-  """One path as the reward terms see it: typed turns, never a transcript."""
+  """One path as the reward terms see it: typed turns."""
   question: Question
   prompt_ids: Ids
   turns: tuple[Turn, ...]
@@ -173,8 +173,7 @@ class Engine(NamedTuple):
   counts: Callable[[], Mapping[str, int]]                      # tokens generated, prefilled, padded, scored since then
 
 
-## Device side: pytrees with static shapes.
-
+## Device side.
 @flax.struct.dataclass
 class Trajectories:
   """Rows of turns.  A row is one path of the forest, from prompt to leaf."""
@@ -256,6 +255,7 @@ class Layout:
   segment: jax.Array     # i32[P, S]  0 is padding
   parent: jax.Array      # i32[P, S]  segment that a segment continues; 0 none
   gather: jax.Array      # i32[B, T]  flat index into P*S of each logical token's output
+  own: jax.Array         # bool[P, S] the agent's turns hold the token: chosen by the policy or forced
 
 
 ## The six slots.

@@ -42,11 +42,11 @@ class TestConfigs:
 
 class TestVariants:
 
-  @pytest.mark.parametrize('name', ['first_comparison', 'search_r1'])
+  @pytest.mark.parametrize('name', ['first_comparison', 'search_r1', 'reward_module'])
   def test_every_arm_is_a_possible_config(self, name, tmp_path):
     module = importlib.import_module(f'experiments.{name}.sweep')
     arms = module.variants(4, 16)
-    assert len({v.name for v in arms}) == len(arms) > 5
+    assert len({v.name for v in arms}) == len(arms) > 4
     for v in arms:
       stages = settings.stages(settings.plain(variant.get_config(str(sweep.spec(tmp_path, v, 3)))))
       assert all(stage['seed'] == 3 for stage in stages.values()) and stages[v.method]['steps'] == 4

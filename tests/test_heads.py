@@ -195,18 +195,43 @@ class TestScalarHeads:
   def test_value_is_float32_for_bfloat16_hidden_states(self):
     assert heads.value(self.head, jnp.ones((1, 2, 3), jnp.bfloat16)).dtype == jnp.float32
 
-  def test_reward_is_read_at_the_last_valid_token(self):
-    hidden = np.arange(24, dtype=np.float32).reshape(2, 4, 3)
-    valid = np.array([[True, True, False, False], [True] * 4])
-    np.testing.assert_allclose(heads.reward(self.head, hidden, valid), [-1.5 - 0.75, -1.5 * 7 - 0.75])
-
-  def test_padding_changes_no_reward(self):
-    hidden = np.random.default_rng(0).standard_normal((1, 4, 3)).astype(np.float32)
-    valid = np.array([[True, True, True, False]])
-    other = hidden.copy()
-    other[0, 3] = 9
-    assert heads.reward(self.head, hidden, valid) == heads.reward(self.head, other, valid)
-
   def test_table(self):
     specs = heads.scalar_head_specs(small.shape(width=12))
     assert specs['weight'].shape == (12,) and specs['bias'].shape == ()
+
+
+class TestRewardHead:
+
+  head = {'weight': np.float32([1, -2, 0.5]), 'bias': np.float32(0.25), 'surprise': np.float32([10, 100])}
+  # Two turns of the agent, columns 1-2 and 4-5, with an observation between them.
+  own = np.array([[False, True, True, False, True, True]])
+  logp = np.float32([[0, -1, -3, -9, -2, -1]])
+  hidden = np.zeros((1, 6, 3), np.float32)
+
+  def test_by_hand(self):
+    # Lowest of the turn: 0 -1 -3 0 -2 -2 (reset behind each turn); of all turns so far: 0 -1 -3 -3 -3 -3.
+    wanted = 0.25 + 10 * np.array([0, -1, -3, 0, -2, -2]) + 100 * np.array([0, -1, -3, -3, -3, -3])
+    np.testing.assert_allclose(heads.scores(self.head, self.hidden, self.logp, self.own), [wanted])
+
+  def test_hidden_states_enter_linearly(self):
+    hidden = np.arange(18, dtype=np.float32).reshape(1, 6, 3)
+    plain = {**self.head, 'surprise': np.zeros(2, np.float32)}
+    np.testing.assert_allclose(heads.scores(plain, hidden, self.logp, self.own)[0], -1.5 * np.arange(6) - 0.75)
+
+  def test_what_others_wrote_changes_nothing(self):
+    other = self.logp.copy()
+    other[~self.own] = -50
+    np.testing.assert_array_equal(heads.scores(self.head, self.hidden, other, self.own),
+                                  heads.scores(self.head, self.hidden, self.logp, self.own))
+
+  def test_reward_is_read_at_the_last_valid_token_and_padding_changes_nothing(self):
+    valid = np.array([[True] * 5 + [False]])
+    found = heads.reward(self.head, self.hidden, self.logp, self.own, valid)
+    np.testing.assert_allclose(found, [0.25 - 20 - 300])
+    hidden, logp = self.hidden.copy(), self.logp.copy()
+    hidden[0, 5], logp[0, 5] = 9, -9
+    assert heads.reward(self.head, hidden, logp, self.own, valid) == found
+
+  def test_table(self):
+    specs = heads.reward_head_specs(small.shape(width=12))
+    assert specs['weight'].shape == (12,) and specs['bias'].shape == () and specs['surprise'].shape == (2,)

@@ -216,8 +216,9 @@ class TestServices:
     assert asked[0][0].tolist() == [ord('p'), fakes.EOS, ord('b')] and asked[0][1].tolist() == [ord(c) for c in 'x</s>']
 
   def test_scores_that_are_no_numbers_are_malformed(self):
-    service = outside.score_service(lambda paths: np.array([len(p) if len(p) else math.nan for p in paths]))
-    found = service([Call((i,), 'reward_module', {'context_ids': np.zeros(i, np.int32)}, {}) for i in range(3)])
+    service = outside.score_service(lambda paths, own: np.array([sum(o) if len(p) else math.nan for p, o in zip(paths, own)]))
+    found = service([Call((i,), 'reward_module', {'context_ids': np.zeros(i, np.int32), 'own': np.ones(i, bool)}, {})
+                     for i in range(3)])
     assert [(o.kind, o.value) for o in found[1:]] == [('ok', 1.0), ('ok', 2.0)] and found[0].kind == 'malformed'
 
 
@@ -229,39 +230,43 @@ class TestReader:
 
   def params(self):
     return {'trunk': small.weights(MODEL.config), 'head': jax.tree.map(
-        lambda x: x + 0.3, params_lib.init(heads.scalar_head_specs(MODEL.config), jax.random.key(1)))}
+        lambda x: x + 0.3, params_lib.init(heads.reward_head_specs(MODEL.config), jax.random.key(1)))}
 
   def test_last_score_is_that_of_the_last_token(self):
     rng, params = np.random.default_rng(0), self.params()
     sequences = [letters(rng, n) for n in (1, 5, 8, 9, 16)]
-    found = self.reader(scoring.last_score(MODEL.config))(params, sequences, [0] * 5)
-    rows, valid = np.zeros((5, 16), np.int32), np.zeros((5, 16), bool)
+    marks = [rng.random(len(s)) < 0.6 for s in sequences]
+    found = self.reader(scoring.last_score(MODEL.config))(params, sequences, marks)
+    rows, valid, own = np.zeros((5, 16), np.int32), np.zeros((5, 16), bool), np.zeros((5, 16), bool)
     for b, s in enumerate(sequences):
-      rows[b, :len(s)], valid[b, :len(s)] = s, True
-    wanted = jax.jit(lambda p: heads.reward(p['head'], models.hidden_states(MODEL.config, p['trunk'],
-        small.layout(rows)), valid))(params)
+      rows[b, :len(s)], valid[b, :len(s)], own[b, :len(s)] = s, True, marks[b]
+    def direct(p):
+      hidden = models.hidden_states(MODEL.config, p['trunk'], small.layout(rows))
+      return heads.reward(p['head'], hidden, heads.token_stats(MODEL.config, p['trunk'], hidden, rows)[0], own, valid)
+    wanted = jax.jit(direct)(params)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
   def test_order_and_company_change_nothing(self):
     rng, params = np.random.default_rng(0), self.params()
     sequences = [letters(rng, int(n)) for n in rng.integers(1, 17, 19)]
     read = self.reader(scoring.last_score(MODEL.config))
-    whole = read(params, sequences, [0] * 19)
+    marks = [rng.random(len(s)) < 0.6 for s in sequences]
+    whole = read(params, sequences, marks)
     order = rng.permutation(19)
-    np.testing.assert_allclose(read(params, [sequences[i] for i in order], [0] * 19), whole[order], atol=1e-6)
-    np.testing.assert_allclose([read(params, [s], [0])[0] for s in sequences[:4]], whole[:4], atol=1e-6)
+    np.testing.assert_allclose(read(params, [sequences[i] for i in order], [marks[i] for i in order]), whole[order], atol=1e-6)
+    np.testing.assert_allclose([read(params, [s], [m])[0] for s, m in zip(sequences[:4], marks)], whole[:4], atol=1e-6)
     assert read(params, [], []).shape == (0,)
 
   def test_one_program_per_length(self):
     traced = []
-    def fn(params, tokens, lengths, starts):
+    def fn(params, tokens, lengths, marks):
       traced.append(tokens.shape)
       return lengths * 1.0
     read = self.reader(fn)
     for n in (1, 3, 8, 9, 16, 5):
-      assert read({}, [np.full(n, 2, np.int32)] * 11, [0] * 11).tolist() == [n] * 11
+      assert read({}, [np.full(n, 2, np.int32)] * 11, [np.ones(n, bool)] * 11).tolist() == [n] * 11
     assert sorted(traced) == [(8, 8), (8, 16)]
 
   def test_too_long(self):
     with pytest.raises(ValueError, match=r'a context of 17 tokens: .* config.engine.contexts=\[8, 16\] is smaller'):
-      self.reader(scoring.last_score(MODEL.config))(self.params(), [np.full(17, 2, np.int32)], [0])
+      self.reader(scoring.last_score(MODEL.config))(self.params(), [np.full(17, 2, np.int32)], [np.ones(17, bool)])

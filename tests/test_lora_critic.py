@@ -10,7 +10,7 @@ import pytest
 import small
 
 from rlsearch import masked, optim, parallel, update
-from rlsearch.models import lora, model as models, params as params_lib
+from rlsearch.models import heads, lora, model as models, params as params_lib
 from rlsearch.objectives import supervised, turn_score
 from rlsearch.types import Credit, TrainState
 
@@ -276,16 +276,20 @@ class TestReward:
     trunk, policy = train['reward']['trunk'], frozen['policy']
     assert small.same(trunk, policy) and small.same(model.policy(train, frozen), policy)
     assert trunk['embed'] is not policy['embed']                           # a copy: donating one keeps the other
-    assert params_lib.count(model.trainable['reward']) == params_lib.count(model.frozen['policy']) + CONFIG.width + 1
+    assert params_lib.count(model.trainable['reward']) == params_lib.count(model.frozen['policy']) + CONFIG.width + 3
 
   def test_scores_are_read_off_its_own_trunk_at_the_token_itself(self):
     model = models.make(CONFIG, reward='trained')
     train, frozen = model.init(jax.random.key(0))
     train['reward']['trunk'] = small.weights(CONFIG, 7)
     layout = small.block(np.random.default_rng(0), 4, 9, CONFIG.vocab_size).layout
-    out, head = model.outputs(train, frozen, layout, 1.0), train['reward']['head']
-    hidden = np.asarray(models.hidden_states(CONFIG, train['reward']['trunk'], layout))
-    np.testing.assert_allclose(out.score, hidden @ np.asarray(head['weight']) + np.asarray(head['bias']), atol=1e-5)
+    head = train['reward']['head'] = jax.tree.map(lambda x: x + 0.3, train['reward']['head'])
+    out = model.outputs(train, frozen, layout, 1.0)
+    hidden = models.hidden_states(CONFIG, train['reward']['trunk'], layout)
+    said = np.asarray(heads.token_stats(CONFIG, train['reward']['trunk'], hidden, layout.tokens)[0])
+    lowest = np.minimum.accumulate(np.where(layout.own, said, 0), axis=1)        # one turn a row: both terms are the same
+    wanted = np.asarray(hidden) @ np.asarray(head['weight']) + float(head['bias']) + lowest * np.asarray(head['surprise']).sum()
+    np.testing.assert_allclose(out.score[layout.own], wanted[layout.own], atol=1e-5)
     plain = models.make(CONFIG).outputs({'policy': frozen['policy']}, {}, layout, 1.0)
     np.testing.assert_array_equal(out.logp, plain.logp)
     assert not plain.score.any() and not out.value.any()

@@ -7,7 +7,13 @@ import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+
+import fakes
+from rlsearch import masked, types
 
 nbformat = pytest.importorskip('nbformat')
 nbclient = pytest.importorskip('nbclient')
@@ -16,7 +22,9 @@ pytest.importorskip('ipykernel')
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = ROOT / 'notebooks'
 NAMES = sorted(path.name for path in FOLDER.glob('*.ipynb'))
-SECONDS = 600                                     # of one cell; the longest takes 15 on one core
+SECONDS = 1200                                    # of one cell; the longest takes 90 on one busy core
+METHOD = '2_your_own_method.ipynb'
+GAIN = re.compile(r'^(\w+): exact match ([+-][0-9.]+), invented names ([+-][0-9.]+)$', re.MULTILINE)
 MACHINE = re.compile(r'/(?:home|root|tmp|Users|usr|opt|private)/|site-packages|[A-Z]:\\')
 
 
@@ -28,8 +36,33 @@ def code(name: str) -> list:
   return [cell for cell in load(name).cells if cell.cell_type == 'code']
 
 
+def has_image(cell) -> bool:
+  return any('image/png' in out.get('data', {}) for out in cell.outputs)
+
+
+def texts(cell) -> str:
+  return ''.join(out.get('text') or out.get('data', {}).get('text/plain', '') for out in cell.outputs)
+
+
+def check_outputs(notebook) -> None:
+  """A cell that plots shows a plot, and one that prints at its top level says something."""
+  for cell in notebook.cells:
+    if cell.cell_type == 'code':
+      assert has_image(cell) == ('plt.subplots(' in cell.source), cell.source
+      assert texts(cell) or not re.search('^print[(]', cell.source, re.MULTILINE), cell.source
+
+
+def check_gains(notebook) -> None:
+  """What the second notebook says that both methods learned, read from its output."""
+  gains = {name: (float(em), float(invented)) for cell in notebook.cells if cell.cell_type == 'code'
+           for name, em, invented in GAIN.findall(texts(cell))}
+  assert gains.keys() == {'mine', 'baseline'}
+  for em, invented in gains.values():
+    assert em > 0.1 and invented < 0, gains
+
+
 def test_there_are_notebooks():
-  assert '1_one_step.ipynb' in NAMES
+  assert NAMES[:2] == ['1_one_step.ipynb', METHOD]
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -39,6 +72,11 @@ class TestStored:
   def test_whole_run(self, name):
     assert [cell.execution_count for cell in code(name)] == list(range(1, len(code(name)) + 1))
     assert any('image/png' in out.get('data', {}) for cell in code(name) for out in cell.outputs)
+
+  def test_outputs(self, name):
+    check_outputs(load(name))
+    if name == METHOD:
+      check_gains(load(name))
 
   def test_no_error_and_no_warning(self, name):
     for cell in code(name):
@@ -69,6 +107,45 @@ class TestStored:
     assert done.stdout.split() == [str(ROOT / package / '__init__.py') for package in ('configs', 'rlsearch')]
 
 
+class TestOwnMethod:
+  """The functions that the second notebook writes, run apart from its training."""
+
+  def run(self, *begins: str, change: tuple[str, str] = ('', '')) -> dict:
+    """Returns what the cells that begin so define, after one replacement."""
+    names = {**vars(types), 'jax': jax, 'jnp': jnp, 'np': np, 'masked': masked}
+    for begin in begins:
+      (cell,) = [cell for cell in code(METHOD) if cell.source.startswith(begin)]
+      exec(cell.source.replace(*change), names)
+    return names
+
+  TERM = 'def names(', 'def invented_names(', 'def turn('
+
+  def test_term_by_hand(self, capsys):
+    self.run(*self.TERM)
+    assert capsys.readouterr().out == '[0.0, -0.5, -1.0, -0.25]\n'
+
+  @pytest.mark.parametrize('change', [
+      ('-sum(', 'sum('), (' else -1.0', ' else 0.0'), ('read.update', 'set().update'), ('== FAILED_SERVICE', '== None')])
+  def test_hand_notices_a_wrong_term(self, change):
+    with pytest.raises(AssertionError):
+      self.run(*self.TERM, change=change)
+
+  @pytest.mark.parametrize('seed', range(3))
+  def test_credit_is_the_return_against_the_same_turn(self, seed):
+    rng = np.random.default_rng(seed)
+    traj = fakes.trajectories(rng)
+    rewards = fakes.terms(rng, traj)
+    credit = self.run('def same_turn(')['same_turn']()(traj, rewards, fakes.no_snapshot(traj))
+    wanted = np.zeros(traj.tokens.shape)
+    for b, t in np.argwhere(traj.loss_weight > 0):
+      k = traj.turn_index[b, t]
+      rows = [c for c in range(8) if traj.group_id[c] == traj.group_id[b] and traj.turn_valid[c, k]]
+      wanted[b, t] = rewards.combined[b, k:].sum() - np.mean([rewards.combined[c, k:].sum() for c in rows])
+    np.testing.assert_allclose(credit.advantage, wanted, atol=1e-5)
+    assert np.abs(wanted).max() > 0.1
+    np.testing.assert_array_equal(credit.value_target, 0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', NAMES)
 def test_runs(name):
@@ -81,3 +158,6 @@ def test_runs(name):
   for cell in notebook.cells:
     for out in cell.get('outputs', ()):
       assert out.get('name') != 'stderr', out.text
+  check_outputs(notebook)
+  if name == METHOD:
+    check_gains(notebook)

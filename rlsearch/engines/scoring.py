@@ -13,7 +13,7 @@ from rlsearch.models import heads, transformer
 from rlsearch.models.config import ModelConfig
 from rlsearch.types import Ids, Params
 
-Reader = Callable[[Params, Sequence[Ids], Sequence[int]], np.ndarray]
+Reader = Callable[[Params, Sequence[Ids], Sequence[np.ndarray]], np.ndarray]
 
 
 def bucket(length: int, contexts: Sequence[int]) -> int:
@@ -29,13 +29,13 @@ def bucket(length: int, contexts: Sequence[int]) -> int:
 
 
 def reader(fn: Callable[..., jax.Array], mesh: Mesh, rows: int, contexts: Sequence[int]) -> Reader:
-  """Returns read(params, sequences, starts) -> f32[n]: `fn` over the sequences, in their order.
+  """Returns read(params, sequences, marks) -> f32[n]: `fn` over the sequences, in their order.
 
   Sequences are sorted by length and padded into the declared shapes; rows are divided over the mesh's devices and
   no number depends on another row.
 
   Args:
-    fn: (params, tokens i32[rows, C], lengths i32[rows], starts i32[rows]) -> f32[rows]; jitted here.
+    fn: (params, tokens i32[rows, C], lengths i32[rows], marks bool[rows, C]) -> f32[rows]; jitted here.
     mesh: the sampler's own.
     rows: of one call; a multiple of the mesh's devices.
     contexts: lengths that a sequence is padded to, rising.
@@ -43,15 +43,16 @@ def reader(fn: Callable[..., jax.Array], mesh: Mesh, rows: int, contexts: Sequen
   by_rows, everywhere = NamedSharding(mesh, P(mesh.axis_names)), parallel.replicated(mesh)
   compiled = jax.jit(fn, in_shardings=(everywhere, by_rows, by_rows, by_rows), out_shardings=by_rows)
 
-  def read(params: Params, sequences: Sequence[Ids], starts: Sequence[int]) -> np.ndarray:
+  def read(params: Params, sequences: Sequence[Ids], marks: Sequence[np.ndarray]) -> np.ndarray:
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     launched = []
     for members in (order[i:i + rows] for i in range(0, len(order), rows)):
       length = bucket(len(sequences[members[-1]]), contexts)
-      tokens, lengths, first = np.zeros((rows, length), np.int32), np.ones(rows, np.int32), np.zeros(rows, np.int32)
+      tokens, lengths, marked = np.zeros((rows, length), np.int32), np.ones(rows, np.int32), np.zeros((rows, length), bool)
       for b, i in enumerate(members):
-        tokens[b, :len(sequences[i])], lengths[b], first[b] = sequences[i], len(sequences[i]), starts[i]
-      launched.append((members, compiled(params, tokens, lengths, first)))       # all dispatched before one is read
+        n = lengths[b] = len(sequences[i])
+        tokens[b, :n], marked[b, :n] = sequences[i], marks[i]
+      launched.append((members, compiled(params, tokens, lengths, marked)))       # all dispatched before one is read
     out = np.zeros(len(sequences), np.float32)
     for members, values in launched:
       out[members] = np.asarray(jax.device_get(values))[:len(members)]
@@ -64,22 +65,22 @@ def _positions(tokens: jax.Array) -> jax.Array:
 
 
 def mean_logp(config: ModelConfig) -> Callable[..., jax.Array]:
-  """Returns fn(params, tokens, lengths, starts): mean log p(tokens[start : length] | what is left of them), f32[B]."""
-  def fn(params, tokens, lengths, starts):
+  """Returns fn(params, tokens, lengths, marks): mean log p(token | what is left of it) of the marked tokens, f32[B]."""
+  def fn(params, tokens, lengths, marks):
+    del lengths
     hidden = transformer.forward(config, params, tokens, _positions(tokens), transformer.causal)
     logp, _ = heads.token_stats(config, params, hidden, tokens)
-    inside = (_positions(tokens) >= starts[:, None]) & (_positions(tokens) < lengths[:, None])
-    return jnp.sum(logp * inside, axis=1) / jnp.maximum(jnp.sum(inside, axis=1), 1)
+    return jnp.sum(logp * marks, axis=1) / jnp.maximum(jnp.sum(marks, axis=1), 1)
   return fn
 
 
 def last_score(config: ModelConfig) -> Callable[..., jax.Array]:
-  """Returns fn(params, tokens, lengths, starts): a reward module's score at the last token, f32[B].
+  """Returns fn(params, tokens, lengths, marks): a reward module's score at the last token, f32[B].
 
-  `params` has the module's 'trunk' and 'head'; `starts` is not used.
+  `params` has the module's 'trunk' and 'head'; marked tokens are the agent's own.
   """
-  def fn(params, tokens, lengths, starts):
-    del starts
+  def fn(params, tokens, lengths, marks):
     hidden = transformer.forward(config, params['trunk'], tokens, _positions(tokens), transformer.causal)
-    return heads.reward(params['head'], hidden, _positions(tokens) < lengths[:, None])
+    logp, _ = heads.token_stats(config, params['trunk'], hidden, tokens)
+    return heads.reward(params['head'], hidden, logp, marks, _positions(tokens) < lengths[:, None])
   return fn

@@ -98,7 +98,7 @@ def simple(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *, ro
   def logprob(prefixes: Sequence[Ids], targets: Sequence[Ids]) -> np.ndarray:
     whole = [np.concatenate([prefix, target]) for prefix, target in zip(prefixes, targets, strict=True)]
     counts['scored_tokens'] += sum(map(len, whole))
-    return read(state['params'], whole, [len(prefix) for prefix in prefixes])
+    return read(state['params'], whole, [np.arange(len(w)) >= len(p) for w, p in zip(whole, prefixes, strict=True)])
 
   def take_counts():
     taken = dict(counts)

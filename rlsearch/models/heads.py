@@ -136,13 +136,39 @@ def value(head: Params, hidden: jax.Array) -> jax.Array:
   return jnp.pad(out[:, :-1], ((0, 0), (1, 0)))
 
 
-def scores(head: Params, hidden: jax.Array) -> jax.Array:
-  """Returns f32[B, T]: a score read at each token, itself included; `reward` is this at the last one."""
-  return jnp.einsum('BTD,D->BT', hidden.astype(jnp.float32), head['weight']) + head['bias']
+def reward_head_specs(config: ModelConfig) -> Specs:
+  """Returns the table of a reward head: w · h + b + u · (lowest log-probability of the turn, of all turns so far)."""
+  return {'weight': Param((config.width,), ('embed',), 0), 'bias': Param((), (), 0),
+          'surprise': Param((2,), ('feature',), 0, 1.)}
 
 
-def reward(head: Params, hidden: jax.Array, valid: jax.Array) -> jax.Array:
-  """Returns f32[B]: a score read at each row's last valid token."""
+def scores(head: Params, hidden: jax.Array, logp: jax.Array, own: jax.Array) -> jax.Array:
+  """Returns f32[B, T]: a score of what the agent has written, read at each token, itself included.
+
+  s_t = w · h_t + b + u_0 min_{turn of t, up to t} log φ + u_1 min_{all of the agent's tokens up to t} log φ.
+
+  φ is the module's own trunk read as a language model.  How surprised it is by its agent's tokens says most about
+  whether a step is right; a hidden state alone holds what comes next, not how likely what came was, and a trunk of three
+  layers has none left to compare the two.  A turn is a run of the agent's own tokens.
+
+  Args:
+    head: of reward_head_specs.
+    hidden: [B, T, D] of the module's trunk.
+    logp: f32[B, T], of the trunk, at temperature 1.
+    own: bool[B, T]; the agent wrote the token.
+  """
+  said = jnp.where(own, logp, 0.0)
+  def body(lowest, xs):
+    x, mine = xs
+    lowest = jnp.where(mine, jnp.minimum(lowest, x), 0.0)
+    return lowest, lowest
+  turn = jax.lax.scan(body, jnp.zeros(said.shape[0]), (said.T, own.T))[1].T
+  path = jax.lax.cummin(said, axis=1)
+  plain = jnp.einsum('BTD,D->BT', hidden.astype(jnp.float32), head['weight']) + head['bias']
+  return plain + head['surprise'][0] * turn + head['surprise'][1] * path
+
+
+def reward(head: Params, hidden: jax.Array, logp: jax.Array, own: jax.Array, valid: jax.Array) -> jax.Array:
+  """Returns f32[B]: the score (see `scores`) read at each row's last valid token."""
   last = jnp.maximum(jnp.sum(valid.astype(jnp.int32), axis=1) - 1, 0)
-  final = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-  return jnp.einsum('BD,D->B', final.astype(jnp.float32), head['weight']) + head['bias']
+  return jnp.take_along_axis(scores(head, hidden, logp, own), last[:, None], axis=1)[:, 0]

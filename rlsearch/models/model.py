@@ -95,7 +95,7 @@ def make(config: ModelConfig, *, init: str = 'normal', lora_options: Mapping[str
   if critic == 'separate':
     trainable['value'] = {**trainable['value'], 'trunk': table}
   if judges:
-    trainable, frozen = {'reward': {'head': heads.scalar_head_specs(config), 'trunk': table}}, {'policy': table}
+    trainable, frozen = {'reward': {'head': heads.reward_head_specs(config), 'trunk': table}}, {'policy': table}
 
   def policy(train, froze):
     if judges:
@@ -143,8 +143,12 @@ def make(config: ModelConfig, *, init: str = 'normal', lora_options: Mapping[str
     logp, entropy = heads.token_stats(config, weights, hidden, logical(layout, layout.tokens), temperature)
     zero = jnp.zeros_like(logp)
     value = zero if critic == 'none' else values(train, layout, hidden)
-    score = heads.scores(train['reward']['head'], hidden_states(config, train['reward']['trunk'], layout)) if judges else zero
-    return PolicyOutputs(logp, entropy, value, score)
+    return PolicyOutputs(logp, entropy, value, module_scores(train['reward'], layout) if judges else zero)
+
+  def module_scores(module, layout):
+    read = hidden_states(config, module['trunk'], layout)
+    said = heads.token_stats(config, module['trunk'], read, logical(layout, layout.tokens))[0]
+    return heads.scores(module['head'], read, said, logical(layout, layout.own))
 
   def reference_logp(train, froze, layout, temperature):
     del train

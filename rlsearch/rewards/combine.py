@@ -18,4 +18,16 @@ def weighted_sum() -> CombineFn:
   return combine
 
 
-__all__ = ['weighted_sum']
+def threshold(*, at: float) -> CombineFn:
+  """Returns 1 for turns whose weighted sum is at least `at`, 0 for others: scores made a yes or no.
+
+  Turns that no term spoke about are 0 too; a credit function's masks leave out what is not trained.
+  """
+  summed = weighted_sum()
+
+  def combine(traj: Trajectories, rewards: Rewards) -> jax.Array:
+    return ((summed(traj, rewards) >= at) & traj.turn_valid).astype(jnp.float32)
+  return combine
+
+
+__all__ = ['threshold', 'weighted_sum']

@@ -45,7 +45,7 @@ def trained_reward(*, link: str, bound: str, eta: float = 0.0) -> RewardTerm:
     raise ValueError(f'config.rewards: eta={eta} with bound={bound!r}; wants a bound that clips')
 
   def calls(episode: Episode) -> tuple[Call, ...]:
-    return tuple(Call((*episode.keys[k], 'module'), 'reward_module', {'context_ids': _upto(episode, k)}, {})
+    return tuple(Call((*episode.keys[k], 'module'), 'reward_module', _upto(episode, k), {})
                  for k, turn in enumerate(episode.turns) if not turn.forced)
 
   def one(episode: Episode, outcomes: Mapping[tuple, Outcome]) -> list[float | None] | None:
@@ -64,6 +64,11 @@ def trained_reward(*, link: str, bound: str, eta: float = 0.0) -> RewardTerm:
   return RewardTerm(calls, score, ('reward_module',))
 
 
-def _upto(episode: Episode, k: int) -> np.ndarray:
-  """The tokens up to and with turn k, without its observation: what the module was trained to read."""
-  return np.concatenate([path_ids(episode, k - 1), episode.turns[k].token_ids])
+def _upto(episode: Episode, k: int) -> dict[str, np.ndarray]:
+  """The tokens up to and with turn k, without its observation, and which the agent wrote: what the module reads."""
+  own = [np.zeros(len(episode.prompt_ids), bool)]
+  for j, turn in enumerate(episode.turns[:k + 1]):
+    own.append(np.ones(len(turn.token_ids), bool))
+    if j < k and turn.observation_ids is not None:
+      own.append(np.zeros(len(turn.observation_ids), bool))
+  return {'context_ids': np.concatenate([path_ids(episode, k - 1), episode.turns[k].token_ids]), 'own': np.concatenate(own)}

@@ -11,7 +11,7 @@ import numpy as np
 from rlsearch import parallel
 from rlsearch.rollout.score import Scored
 from rlsearch.sampling import forest as forest_lib
-from rlsearch.types import (OBSERVATION, POLICY, PROMPT, ROLES, Forest, Layout, Rewards, Row, Trajectories)
+from rlsearch.types import (FORCED, OBSERVATION, POLICY, PROMPT, ROLES, Forest, Layout, Rewards, Row, Trajectories)
 
 
 class Bucket(NamedTuple):
@@ -192,7 +192,8 @@ def identity_layout(traj: Trajectories, first_row: int = 0) -> Layout:
   rows, length = traj.tokens.shape
   positions = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
   gather = first_row * length + np.arange(rows * length, dtype=np.int32).reshape(rows, length)
-  return Layout(traj.tokens, positions, traj.valid.astype(np.int32), np.zeros((rows, length), np.int32), gather)
+  own = traj.valid & ((traj.role == POLICY) | (traj.role == FORCED))
+  return Layout(traj.tokens, positions, traj.valid.astype(np.int32), np.zeros((rows, length), np.int32), gather, own)
 
 
 def take(tree, bucket: Bucket, members: np.ndarray):
