@@ -25,11 +25,11 @@ def get_config():
       'model.shape': dict(num_layers=2, width=64, num_heads=4, num_kv_heads=2, head_size=16, ffn=128),
       'model.reference': False, 'engine.rows': 128, 'engine.contexts': (40, 112), 'engine.max_new_tokens': 24,
       'length': dict(prompt=40, turn=24, observation=48, total=112, buckets=((16, 112),)),
-      'schedule.kl_coef': 0.0, 'schedule.entropy_coef': 0.0, 'schedule.lr': dict(name='constant', value=float(os.environ.get('XLR', '3e-3'))),
+      'schedule.kl_coef': 0.0, 'schedule.entropy_coef': 0.0, 'schedule.lr': dict(name='constant', value=3e-3),
       'updates.minibatches': 1, 'updates.drop_zero_credit': True, 'updates.old_logp': 'sampler',
       'evals.every': 0, 'evals.num': 0, 'evals.final_num': 0, 'evals.episodes': 0, 'checkpoint.every': 0, 'tensorboard': False,
-      f'stages.{COLD}.steps': int(os.environ.get('XC','150')), f'stages.{COLD}.length': dict(buckets=((8, 112),)),
-      f'stages.{COLD}.schedule.lr.steps': int(os.environ.get('XC','150')), f'stages.{COLD}.schedule.lr.warmup_steps': 20,
+      f'stages.{COLD}.steps': 150, f'stages.{COLD}.length': dict(buckets=((8, 112),)),
+      f'stages.{COLD}.schedule.lr.steps': 150, f'stages.{COLD}.schedule.lr.warmup_steps': 20,
       f'stages.{COLD}.data.source.demonstrations.clean_positions': 0,
       f'stages.{COLD}.data.source.demonstrations.famous_every': 0, f'stages.{COLD}.checkpoint.every': 0})
 
