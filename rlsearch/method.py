@@ -11,7 +11,7 @@ import jax
 from rlsearch import credit as credits, objectives, protocols, rewards as reward_terms, sampling, schedules
 from rlsearch.objectives import regularizers
 from rlsearch.rewards import combine as combine_rules
-from rlsearch.types import (ROLES, CreditFn, ObjectiveFn, Protocol, RewardTerm, SamplingPlan, Schedule)
+from rlsearch.types import (ROLES, CombineFn, CreditFn, ObjectiveFn, Protocol, RewardTerm, SamplingPlan, Schedule)
 
 
 class Method(NamedTuple):
@@ -67,14 +67,19 @@ def build(config: Mapping[str, Any], groups: tuple[str, ...]) -> Method:
   combine = resolve('combine', combine_rules, config['combine'])
   assign = resolve('credit', credits, config['credit'])
 
-  def credit(traj, rewards, snapshot):
-    out = assign(traj, rewards.replace(combined=combine(traj, rewards)), snapshot)
-    return jax.tree.map(jax.lax.stop_gradient, out)
-
+  credit = joined(combine, assign)
   step_fn = lambda path, spec: resolve(path, schedules, spec)
   return Method(resolve('protocol', protocols, config['protocol']), resolve('sampling', sampling, config['sampling']),
                 terms, credit, resolve('objective', objectives, config['objective']),
                 schedules.make(config['schedule'], groups, tuple(terms), step_fn))
+
+
+def joined(combine: CombineFn, assign: CreditFn) -> CreditFn:
+  """Returns the combination rule followed by the credit function, without gradient: what a Method calls credit."""
+  def credit(traj, rewards, snapshot):
+    out = assign(traj, rewards.replace(combined=combine(traj, rewards)), snapshot)
+    return jax.tree.map(jax.lax.stop_gradient, out)
+  return credit
 
 
 GROUP_BASELINES = ('group_relative', 'leave_one_out')

@@ -29,26 +29,27 @@ from experiments.variance import branches, parts, report, sample, simulation   #
 from experiments.variance.sample import Data   # noqa: E402
 from rlsearch import runs   # noqa: E402
 
-_OUT = flags.DEFINE_string('out', 'runs/experiments/variance', 'Folder of the results.')
-_WORKDIR = flags.DEFINE_string('workdir', '', 'Run whose cold start is finished; {seed} in it is replaced; empty: '
-                               'train one per seed.')
-_FULL = flags.DEFINE_bool('full', False, '200 questions, 16 groups, seeds 0,1,2; replaces those three flags.')
-_SEEDS = flags.DEFINE_list('seeds', ['0'], 'Seeds of the policy and of what is sampled.')
-_QUESTIONS = flags.DEFINE_integer('questions', 50, 'Questions of the split.', lower_bound=2)
-_SPLIT = flags.DEFINE_enum('split', 'validation', ['validation', 'test'], 'Where the questions are from.')
-_GROUPS = flags.DEFINE_integer('groups', 8, 'Groups of each scheme for a question and step.', lower_bound=2)
-_K = flags.DEFINE_integer('k', 5, 'Members of a group.', lower_bound=2)
-_PREFIXES = flags.DEFINE_integer('prefixes', 4, 'Prefixes of a question and step, among which the groups are divided.',
-                                 lower_bound=1)
-_SCOUTS = flags.DEFINE_integer('scouts', 8, 'Trajectories that prefixes are taken from.', lower_bound=1)
-_PROBES = flags.DEFINE_integer('probes', 2, 'Prefixes of a step whose candidates get a true advantage.', lower_bound=1)
-_ROLLOUTS = flags.DEFINE_integer('rollouts', 4, 'Rollouts behind such a candidate; even.', lower_bound=2)
-_DIRECTIONS = flags.DEFINE_integer('directions', 256, 'Random directions that gradients are projected on.',
+if __name__ == '__main__':             # flags belong to the program, not to whoever imports it
+  _OUT = flags.DEFINE_string('out', 'runs/experiments/variance', 'Folder of the results.')
+  _WORKDIR = flags.DEFINE_string('workdir', '', 'Run whose cold start is finished; {seed} in it is replaced; empty: '
+                                 'train one per seed.')
+  _FULL = flags.DEFINE_bool('full', False, '200 questions, 16 groups, seeds 0,1,2; replaces those three flags.')
+  _SEEDS = flags.DEFINE_list('seeds', ['0'], 'Seeds of the policy and of what is sampled.')
+  _QUESTIONS = flags.DEFINE_integer('questions', 50, 'Questions of the split.', lower_bound=2)
+  _SPLIT = flags.DEFINE_enum('split', 'validation', ['validation', 'test'], 'Where the questions are from.')
+  _GROUPS = flags.DEFINE_integer('groups', 8, 'Groups of each scheme for a question and step.', lower_bound=2)
+  _K = flags.DEFINE_integer('k', 5, 'Members of a group.', lower_bound=2)
+  _PREFIXES = flags.DEFINE_integer('prefixes', 4, 'Prefixes of a question and step, among which the groups are divided.',
                                    lower_bound=1)
-_ACCURACY = flags.DEFINE_float('judge_accuracy', 1.0, 'Share of true judgements.', lower_bound=0.0, upper_bound=1.0)
-_SIMULATED = flags.DEFINE_integer('simulated_groups', 200_000, 'Groups of the simulation.', lower_bound=100)
-_CHUNK = flags.DEFINE_integer('chunk', 5, 'Questions sampled at a time, and kept when the experiment is stopped.',
-                              lower_bound=1)
+  _SCOUTS = flags.DEFINE_integer('scouts', 8, 'Trajectories that prefixes are taken from.', lower_bound=1)
+  _PROBES = flags.DEFINE_integer('probes', 2, 'Prefixes of a step whose candidates get a true advantage.', lower_bound=1)
+  _ROLLOUTS = flags.DEFINE_integer('rollouts', 4, 'Rollouts behind such a candidate; even.', lower_bound=2)
+  _DIRECTIONS = flags.DEFINE_integer('directions', 256, 'Random directions that gradients are projected on.',
+                                     lower_bound=1)
+  _ACCURACY = flags.DEFINE_float('judge_accuracy', 1.0, 'Share of true judgements.', lower_bound=0.0, upper_bound=1.0)
+  _SIMULATED = flags.DEFINE_integer('simulated_groups', 200_000, 'Groups of the simulation.', lower_bound=100)
+  _CHUNK = flags.DEFINE_integer('chunk', 5, 'Questions sampled at a time, and kept when the experiment is stopped.',
+                                lower_bound=1)
 
 KEYS = ('part', 'reward', 'truth', 't', 'estimator', 'normalisation', 'seed', 'commit')
 COUNTS = ('questions', 'prefixes', 'groups', 'candidates', 'k', 'turns')

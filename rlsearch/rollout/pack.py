@@ -145,6 +145,9 @@ def _row(tree, path):
 
 def rewards(scored: Scored, weights: Mapping[str, float], num_rows: int, num_turns: int) -> Rewards:
   """Returns the terms' numbers with padding rows behind them."""
+  for name in scored.values:
+    if f'weight/{name}' not in weights:
+      raise ValueError(f'reward term {name!r}: the schedule gives no weight/{name}; known: {sorted(weights)}')
   pad = lambda x: np.pad(x, ((0, num_rows - x.shape[0]), (0, 0)))
   return Rewards({n: pad(x) for n, x in scored.values.items()}, {n: pad(x) for n, x in scored.given.items()},
                  {n: np.float32(weights[f'weight/{n}']) for n in scored.values},
