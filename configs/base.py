@@ -23,7 +23,7 @@ def get_config():
   c.mesh = dict(data=1, fsdp=-1, tensor=1)
   c.model = dict(variant='tiny', shape={}, tokenizer=dict(vocab_size=1000), init='normal', lora={}, critic='none',
                  reference=True, reward='none')
-  c.data = dict(questions_per_step=1, source=dict(name='files', corpus_path='', train='', validation='', test='',
+  c.data = dict(questions_per_step=1, first_position=0, source=dict(name='files', corpus_path='', train='', validation='', test='',
                                                   format=None, seed=-1))
   c.retriever = dict(name='bm25', topk=3)
   c.judge = dict(name='none')

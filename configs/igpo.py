@@ -23,7 +23,7 @@ def get_config(scale='embedded'):
   c.rewards = dict(
       gain=dict(name='information_gain', form='log', bridge='<think></think>\n<answer>', target='{answer}'),
       f1=dict(name='token_f1', tokens='set', missing=-2.0))
-  c.credit = dict(name='turn_returns', gamma=1.0, normalize='per_term', ddof=1)
+  c.credit = dict(name='turn_returns', gamma=1.0, normalize='per_term', baseline='none', ddof=1)
   c.objective = dict(name='clipped_surrogate', clip_low=0.2, clip_high=0.2, kl='k3', aggregate='sequence')
   c.schedule = dict(lr=1e-6, kl_coef=1e-3, entropy_coef=1e-3, temperature=1.0)
   c.optimizer = dict(name='adamw', b1=0.9, b2=0.999, weight_decay=0.01, clip_norm=1.0)

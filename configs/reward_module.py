@@ -18,6 +18,7 @@ def get_stage(scale):
       steps=steps,
       model=dict(lora={}, critic='none', reference=False, reward='trained'),
       reward_module=dict(stage=''),
+      data=dict(first_position=1 << 20),                # questions and trajectories that the method does not meet
       sampling=dict(name='independent', num_samples=8 if small else 5),
       rewards=dict(think=dict(name='judge_thinking'), act=dict(name='judge_query'), answer=dict(name='judge_answer')),
       combine=dict(name='threshold', at=2.0),

@@ -1,6 +1,6 @@
 r"""SLATE. Samarinas et al. 2026, https://arxiv.org/abs/2602.23440, Alg. 1, Eqs. 3-7.
 
-Reference: algoprog/SLATE, configs/slate.yaml.  Reproduced: not yet.  Deviations: S1 to S9 of configs/README.md.
+Reference: algoprog/SLATE, configs/slate.yaml.  Reproduced: not yet.  Deviations: S1 to S10 of configs/README.md.
 The code's reading of the bonus is index_base=0, the README's 1; of Eq. 7 aggregate='step_mean' and 'step_sum'.
 
   python -m rlsearch.train --config=configs/slate.py:qwen2_5_7b --workdir=$W            the paper's setting
@@ -20,9 +20,10 @@ def get_config(scale='embedded'):
   c.protocol = dict(name='search_r1', max_searches=4)
   c.sampling = dict(
       name='shared_prefix', num_candidates=5, select_temperature=0.7, select_normalize_std=True,
-      scored_by=('think', 'query', 'answer', 'early'))
+      scored_by=('think', 'query', 'answer', 'early'), force_answer=True)
   c.rewards = dict(
-      think=dict(name='judge_thinking'), query=dict(name='judge_query'), answer=dict(name='judge_answer'),
+      think=dict(name='judge_thinking', retrieved_chars=300), query=dict(name='judge_query', retrieved_chars=300),
+      answer=dict(name='judge_answer', retrieved_chars=300),
       early=dict(name='early_answer', budget=4, index_base=0))
   c.credit = dict(name='prefix_relative', normalize_std=True, ddof=1)
   c.objective = dict(name='clipped_surrogate', clip_low=0.2, clip_high=0.2, kl='k3', aggregate='step_sum')

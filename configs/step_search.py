@@ -14,14 +14,14 @@ def get_config(scale='embedded'):
   c.model.critic = 'separate'
   c.steps = 1120
   c.data.questions_per_step = 128
-  c.length.update(turn=800, observation=800)
-  c.engine.max_new_tokens = 800
+  c.length.update(prompt=4096, turn=800, observation=800, total=12896, buckets=((64, 4096), (64, 12896)))
+  c.engine.update(contexts=(1024, 4096, 12896), max_new_tokens=800)
   c.retriever.topk = 3
 
   c.protocol = dict(name='search_r1', max_searches=5)
   c.sampling = dict(name='independent', num_samples=1)
   c.rewards = dict(
-      f1=dict(name='token_f1'), keys=dict(name='sub_question_match'),
+      f1=dict(name='token_f1', missing=0.0, tokens='multiset'), keys=dict(name='sub_question_match'),
       gain=dict(name='evidence_gain', scale=0.6, released_scaling=False),
       repeat=dict(name='redundancy', scale=0.6, released_scaling=False))
   c.credit = dict(name='gae', gamma=1.0, lam=1.0, kl_coef=1e-3, whiten=True)

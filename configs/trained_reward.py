@@ -1,8 +1,8 @@
 r"""A reward module trained on labelled steps. Clip and Delta, Gao et al. 2024, https://arxiv.org/abs/2410.15115, Sec. 4.
 
 The paper trains its module on labelled mathematics and its policy with PPO; here one stage trains a transformer with a
-reward head on what a judge says of the policy's own steps (label='turn'; on what becomes of them with the rewards of
-reward_module set to exact_match and label='outcome'), and the method has its word alone as reward, bounded by Delta.
+reward head on what a judge says of the policy's own steps (label='turn'; on what becomes of them with exact_match as its
+reward, combine weighted_sum and label='outcome'), and the method has its word alone as reward, bounded by Delta.
 
   python -m rlsearch.train --config=configs/trained_reward.py:qwen2_5_3b --workdir=$W   at published size
 """

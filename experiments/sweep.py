@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 COSTS = ('generated_tokens', 'prefilled_tokens', 'update_tokens', 'distinct_tokens', 'trained_tokens', 'judge_tokens',
          'scored_tokens', 'retrievals', 'seconds_rl')
 COLUMNS = ('variant', 'seed', 'commit', 'em_before', 'em_after', 'em_1', 'em_2', 'em_3', 'questions', *COSTS,
-           'peak_memory_gib')
+           'peak_memory_gib', 'spec')
 _CSV = threading.Lock()
 
 
@@ -46,6 +47,11 @@ def spec(out: pathlib.Path, v: Variant, seed: int, scale: str = 'embedded') -> p
   overrides = {k: list(x) if isinstance(x, tuple) else x for k, x in v.overrides.items()}
   path.write_text(json.dumps({'method': v.method, 'scale': scale, 'overrides': {**overrides, 'seed': seed}}, indent=1))
   return path
+
+
+def digest(path: pathlib.Path) -> str:
+  """Returns a digest of a spec file."""
+  return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 def earlier(path: pathlib.Path) -> dict[str, Any]:
@@ -85,6 +91,11 @@ def train(path: pathlib.Path, workdir: pathlib.Path, one_thread: bool, *flags: s
     raise RuntimeError(f'{workdir.name}: exit code {code}; {workdir}.log ends\n{tail}')
 
 
+def finished(stage: pathlib.Path, kind: str) -> list[pathlib.Path]:
+  """Returns the folders kind-<steps> that a finished stage left; half-written ones have other names."""
+  return sorted(f for f in stage.glob(f'{kind}-*') if re.fullmatch(rf'{kind}-\d+', f.name))
+
+
 def row(v: Variant, seed: int, workdir: pathlib.Path) -> dict[str, Any]:
   """Returns the line of results.csv of a finished run."""
   summary = json.loads((workdir / 'summary.json').read_text())
@@ -117,9 +128,16 @@ def sweep(out: pathlib.Path, variants: Sequence[Variant], seeds: Sequence[int], 
   """Runs what results.csv does not have yet, `jobs` at a time, seed by seed; returns all rows.
 
   Raises:
+    ValueError: the folder holds rows of other settings.
     RuntimeError: a run failed; the others that were under way are finished and kept first.
   """
   table = out / 'results.csv'
+  known = {(v.name, seed): digest(spec(out, v, seed)) for v in variants for seed in seeds}
+  for r in read(table):
+    wanted = known.get((r['variant'], int(r['seed'])))
+    if wanted and r.get('spec') and r['spec'] != wanted:
+      raise ValueError(f'{table}: {r["variant"]}, seed {r["seed"]} was run with other settings ({r["spec"]}, not {wanted}: '
+                       'steps, questions or overrides); choose another --out')
   done = {(r['variant'], int(r['seed'])) for r in read(table)}
   todo = [(v, seed) for seed in seeds for v in variants if (v.name, seed) not in done]
   specs = {(v.name, seed): spec(out, v, seed) for v, seed in todo}
@@ -130,19 +148,23 @@ def sweep(out: pathlib.Path, variants: Sequence[Variant], seeds: Sequence[int], 
   def prepare(key):
     v, seed = cold[key]
     workdir, last = out / 'cold' / f'{key[0]}-{key[1]}', list(earlier(specs[v.name, seed]))[-1]
-    if any((workdir / last).glob('policy-*')):
+    if finished(workdir / last, 'policy'):
       return                                               # another arm, or an earlier sweep, has made it
     train(specs[v.name, seed], workdir, jobs > 1, '--overwrite', f'--until={last}')
 
   def one(v, seed):
     path, workdir = specs[v.name, seed], out / 'runs' / f'{v.name}-{seed}'
     source = out / 'cold' / f'{cold_key(path)}-{seed}'
-    for left in sorted(f for stage in earlier(path) for kind in ('reward-*', 'policy-*') for f in (source / stage).glob(kind)):
-      if not (workdir / left.relative_to(source)).exists():
-        shutil.copytree(left, workdir / left.relative_to(source))
+    for left in (f for stage in earlier(path) for kind in ('reward', 'policy') for f in finished(source / stage, kind)):
+      there = workdir / left.relative_to(source)
+      if not there.exists():
+        part = there.with_name(there.name + '.part')             # a kill leaves no half copy that looks whole
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(left, part)
         shutil.copy(source / 'tokenizer.model', workdir / 'tokenizer.model')
+        part.rename(there)
     train(path, workdir, jobs > 1)
-    append(table, row(v, seed, workdir))
+    append(table, {**row(v, seed, workdir), 'spec': digest(path)})
 
   failures = []
   with ThreadPoolExecutor(jobs) as pool:

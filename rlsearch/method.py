@@ -84,6 +84,7 @@ def joined(combine: CombineFn, assign: CreditFn) -> CreditFn:
 
 GROUP_BASELINES = ('group_relative', 'leave_one_out')
 NEED_CRITIC = {'credit': ('gae',), 'objective': ('actor_critic',)}
+NO_RATIO = ('supervised', 'turn_score')
 PREFIX_PLANS = ('shared_prefix',)                # several rows hold the same turn
 
 
@@ -122,6 +123,10 @@ def check(config: Mapping[str, Any]) -> None:
                      'rows without advantage too')
   if config['updates']['old_logp'] not in ('sampler', 'trainer'):
     raise ValueError(f'config.updates.old_logp={config["updates"]["old_logp"]!r}; known: sampler, trainer')
+  others = {role: w for role, w in config['train_roles'].items() if role != 'policy' and w}
+  if config['updates']['old_logp'] == 'sampler' and others and config['objective'].get('name') not in NO_RATIO:
+    raise ValueError(f"config.updates.old_logp='sampler': the sampler has no log-probability of {sorted(others)} "
+                     '(config.train_roles), which the ratio of the objective needs; wants trainer')
   trainable = sorted(set(ROLES) - {'prompt'})               # a prompt belongs to no turn
   for role, weight in config['train_roles'].items():
     if role not in trainable:
@@ -141,9 +146,14 @@ def _check_models(config: Mapping[str, Any]) -> None:
   if credit_entry.get('kl_coef', 0) != 0 and not model['reference']:
     raise ValueError(f'config.credit.kl_coef={credit_entry["kl_coef"]!r}: a divergence wants a reference; '
                      'config.model.reference=False')
-  if config['sampling'].get('name') in PREFIX_PLANS and credit_entry.get('name') in (*GROUP_BASELINES, 'gae'):
+  sums = credit_entry.get('name') in (*GROUP_BASELINES, 'gae', 'turn_returns') or credit_entry.get('label', 'turn') != 'turn'
+  if config['sampling'].get('name') in PREFIX_PLANS and sums:
     raise ValueError(f'config.credit.name={credit_entry["name"]!r}: sums over whole rows, but the rows of '
                      f'config.sampling.name={config["sampling"]["name"]!r} share turns; wants prefix_relative')
+  for name, term in config['rewards'].items():
+    if term.get('budget', config['protocol'].get('max_searches')) != config['protocol'].get('max_searches'):
+      raise ValueError(f'config.rewards.{name}.budget={term["budget"]!r}: wants the steps that there are, '
+                       f'config.protocol.max_searches={config["protocol"].get("max_searches")!r}')
   fits = config['objective'].get('name') == 'turn_score', model['reward'] == 'trained', credit_entry.get('name') == 'turn_labels'
   if any(fits) and not all(fits):
     raise ValueError(f'config.model.reward={model["reward"]!r}, config.objective.name={config["objective"].get("name")!r}, '

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+import re
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -120,7 +121,8 @@ def own(config: Mapping[str, Any], engine: Engine, tok: Tokenizer, model: ModelC
   found = {'logprob': outside.logprob_service(engine, tok)}
   stage = config['reward_module']['stage']
   if stage:
-    folders = sorted((workdir / stage).glob('reward-*'), key=lambda f: int(f.name.split('-')[1]))
+    folders = sorted((f for f in (workdir / stage).glob('reward-*') if re.fullmatch(r'reward-\d+', f.name)),
+                     key=lambda f: int(f.name.split('-')[1]))                 # a kill leaves others half-written
     if not folders:
       raise ValueError(f'config.reward_module.stage={stage!r}: {workdir / stage} has no reward-<steps> yet')
     specs = {'head': heads.reward_head_specs(model), 'trunk': params_lib.transformer_specs(model)}

@@ -112,7 +112,8 @@ def stages(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
       check(stage)
       model = models.get(stage['model'], 1)       # what only a factory knows fails here too, not some stages later
       optimizers(stage, model)
-      check_tools(stage, method_lib.build(stage, tuple(model.trainable)), found)
+      before = dict(list(found.items())[:list(found).index(name)])
+      check_tools(stage, method_lib.build(stage, tuple(model.trainable)), before)
     except ValueError as error:
       raise ValueError(f'stage {name!r}: {error}') from error
   return found
@@ -124,13 +125,17 @@ def check_tools(stage: Mapping[str, Any], method: method_lib.Method, known: Mapp
   Args:
     stage: its config.
     method: its six functions.
-    known: configs of the stages by name; one of them trains the reward module, if there is one.
+    known: configs of the stages before it, by name; one of them trains the reward module, if there is one.
   """
   section('reward_module', RewardModule, stage['reward_module'])
   source = stage['reward_module']['stage']
   if source and known.get(source, {}).get('model', {}).get('reward') != 'trained':
-    raise ValueError(f'config.reward_module.stage={source!r}: wants a stage with config.model.reward=trained; the stages '
-                     f'are {sorted(known)}')
+    raise ValueError(f'config.reward_module.stage={source!r}: wants an earlier stage with config.model.reward=trained; '
+                     f'those before are {sorted(known)}')
+  for entry in ('variant', 'shape') if source else ():
+    if known[source]['model'][entry] != stage['model'][entry]:
+      raise ValueError(f'config.model.{entry}={stage["model"][entry]!r}: the reward module of stage {source!r} has '
+                       f'{known[source]["model"][entry]!r}; wants the same')
   services.judge(stage['judge'], stage['seed'])
   missing = {'judge': 'none' == stage['judge'].get('name') and "config.judge.name='none'",
              'reward_module': not source and "config.reward_module.stage=''"}
@@ -170,8 +175,9 @@ def check(config: Mapping[str, Any]) -> None:
     if name not in MODEL_ENTRIES:
       raise ValueError(f'config.model.{name}={config["model"][name]!r}: nothing reads this entry; known: {list(MODEL_ENTRIES)}')
   for name in config['data']:
-    if name not in ('questions_per_step', 'source'):
-      raise ValueError(f'config.data.{name}={config["data"][name]!r}: nothing reads this entry; known: questions_per_step, source')
+    if name not in ('first_position', 'questions_per_step', 'source'):
+      raise ValueError(f'config.data.{name}={config["data"][name]!r}: nothing reads this entry; known: first_position, '
+                       'questions_per_step, source')
   for name in config['tools']:
     if name != 'deadline_seconds':
       raise ValueError(f'config.tools.{name}={config["tools"][name]!r}: nothing reads this entry; known: deadline_seconds')
@@ -179,6 +185,9 @@ def check(config: Mapping[str, Any]) -> None:
               'retriever.topk': config['retriever'].get('topk', 0)}
   if not isinstance(config['seed'], int) or not 0 <= config['seed'] < 1 << 30:
     raise ValueError(f'config.seed={config["seed"]!r}: wants a whole number from 0 to {(1 << 30) - 1}')
+  first = config['data']['first_position']
+  if not isinstance(first, int) or not 0 <= first < 1 << 30:
+    raise ValueError(f'config.data.first_position={first!r}: wants a whole number from 0 to {(1 << 30) - 1}')
   for path, value in positive.items():
     if not isinstance(value, int) or value < 1:
       raise ValueError(f'config.{path}={value!r}: wants a positive whole number')

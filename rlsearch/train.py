@@ -66,7 +66,7 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
   saved   = checkpoint.open_folder(folder / 'checkpoints', config['checkpoint']['keep'])
   trunk   = params_lib.transformer_specs(model.config)
   policy  = None if start_from is None else checkpoint.load_params(start_from, params_lib.shardings(trunk, mesh), trunk)
-  run     = Run(update.init(model, tx, seed, shard, policy), method.schedule.init(), 0)
+  run     = Run(update.init(model, tx, seed, shard, policy), method.schedule.init(), config['data']['first_position'])
   run     = run if saved.latest() is None else saved.restore(run)
   first   = int(run.state.step)
   if first > config['steps']:
@@ -105,12 +105,11 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
       rows     = method.sampling.rows(grown.forest)
       episodes = [forest_lib.episode(grown.forest, row, (seed, step)) for row in rows]
       scored   = score_lib.score_rows(method.rewards, episodes, grown.outcomes, tools, render.protocol.max_turns)
-      try:
-        metrics = logs.rollout_metrics(grown.forest, episodes, scored, grown.outcomes, config['max_failed_share'])
-      except RuntimeError:
+      metrics, failed = logs.rollout_metrics(grown.forest, episodes, scored, grown.outcomes, config['max_failed_share'])
+      if parallel.any_host(bool(failed)):                     # of all hosts, or the others would wait for this one
         saved.save(run)                                       # the steps before this one are not lost with it
         saved.wait()
-        raise
+        raise RuntimeError(failed or 'another host could not score too many of its rows; its message says why')
     with clock.part('pack'):
       packed   = pack_lib.pack_step(grown.forest, rows, scored.scored, buckets, render.protocol.max_turns,
                                     config['train_roles'], parallel.batch_ways(mesh))

@@ -39,7 +39,7 @@ def agreement(workdir: pathlib.Path, policy_of: str, num: int) -> dict[str, Any]
   model = models.get(stage['model'], shared.tok.vocab_size)
   method = method_lib.build(stage, tuple(model.trainable))
   table = params_lib.transformer_specs(model.config)
-  newest = max((folder / policy_of).glob('policy-*'), key=lambda f: int(f.name.split('-')[1]))
+  newest = max((f for f in (folder / policy_of).glob('policy-*') if f.name.removeprefix('policy-').isdigit()), key=lambda f: int(f.name.split('-')[1]))
   engine = method_lib.resolve('engine', engines, stage['engine'], model, shared.tok, method.protocol.stops, mesh)
   engine.set_params(checkpoint.load_params(newest, params_lib.shardings(table, mesh), table), 0)
   own = services.own(stage, engine, shared.tok, model.config, folder, mesh)

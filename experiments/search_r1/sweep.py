@@ -48,7 +48,7 @@ def variants(steps: int, questions: int) -> list[Variant]:
   # A group of one has no baseline: as in Search-R1's code, where it is REINFORCE with the reward itself.
   alone = {**group(1), 'credit': {'name': 'turn_returns', 'gamma': 1.0, 'normalize': 'none', 'baseline': 'none'}}
   return [
-      grpo('grpo', {}), grpo('no_mask', {'train_roles': {'policy': 1.0, 'observation': 1.0}}),
+      grpo('grpo', {}), grpo('no_mask', {'train_roles': {'policy': 1.0, 'observation': 1.0}, 'updates.old_logp': 'trainer'}),
       grpo('topk_1', wider(1)), grpo('topk_3', wider(3)), grpo('topk_5', wider(5)),
       grpo('group_1', alone), grpo('group_3', group(3)), grpo('group_5', group(5)),
       Variant('ppo', 'search_r1_ppo', {**base, 'schedule.lr.policy.steps': steps, 'schedule.lr.value.steps': steps})]

@@ -31,7 +31,7 @@ def bucket(length: int, contexts: Sequence[int]) -> int:
 def reader(fn: Callable[..., jax.Array], mesh: Mesh, rows: int, contexts: Sequence[int]) -> Reader:
   """Returns read(params, sequences, marks) -> f32[n]: `fn` over the sequences, in their order.
 
-  Sequences are sorted by length and padded into the declared shapes; rows are divided over the mesh's devices and
+  A sequence longer than every declared shape gets NaN: it alone failed.  The others are sorted by length and padded into the declared shapes; rows are divided over the mesh's devices and
   no number depends on another row.
 
   Args:
@@ -44,7 +44,8 @@ def reader(fn: Callable[..., jax.Array], mesh: Mesh, rows: int, contexts: Sequen
   compiled = jax.jit(fn, in_shardings=(everywhere, by_rows, by_rows, by_rows), out_shardings=by_rows)
 
   def read(params: Params, sequences: Sequence[Ids], marks: Sequence[np.ndarray]) -> np.ndarray:
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    fit = [i for i in range(len(sequences)) if len(sequences[i]) <= contexts[-1]]
+    order = sorted(fit, key=lambda i: len(sequences[i]))
     launched = []
     for members in (order[i:i + rows] for i in range(0, len(order), rows)):
       length = bucket(len(sequences[members[-1]]), contexts)
@@ -53,7 +54,7 @@ def reader(fn: Callable[..., jax.Array], mesh: Mesh, rows: int, contexts: Sequen
         n = lengths[b] = len(sequences[i])
         tokens[b, :n], marked[b, :n] = sequences[i], marks[i]
       launched.append((members, compiled(params, tokens, lengths, marked)))       # all dispatched before one is read
-    out = np.zeros(len(sequences), np.float32)
+    out = np.full(len(sequences), np.nan, np.float32)
     for members, values in launched:
       out[members] = np.asarray(jax.device_get(values))[:len(members)]
     return out

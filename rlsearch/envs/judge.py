@@ -42,9 +42,10 @@ def http_judge(url: str, *, timeout_seconds: float, retries: int, max_prompts: i
                ) -> JudgeService:
   """Returns the client of a judge server.
 
-  POST {"prompts": [...], "temperature": 0.0} -> {"responses": [...]}, one reply a prompt, in order, as in SLATE.  A
-  reply may be null: the judge refuses that text.  A reply without a score of the scale is asked for once more, and then
-  is malformed; a request that fails is tried again, with twice the wait each time.
+  POST {"prompts": [...], "temperature": 0.0} -> {"responses": [...]}, one reply a prompt, in order, as in SLATE.  An
+  entry {"refused": true} says that the judge refuses that text.  Any other entry that is no text with a score of the scale
+  (null, a number, no tag) is asked for once more, and then is malformed: it alone, not its neighbours.  A request that
+  fails is tried again, with twice the wait each time.
 
   Args:
     url: of the endpoint.
@@ -90,18 +91,20 @@ def http_judge(url: str, *, timeout_seconds: float, retries: int, max_prompts: i
   return service
 
 
-def _replies(data: bytes, count: int) -> list[str | None]:
+def _replies(data: bytes, count: int) -> list[Any]:
   reply = json.loads(data)
   found = reply.get('responses') if isinstance(reply, dict) else None
-  if not isinstance(found, list) or len(found) != count or not all(x is None or isinstance(x, str) for x in found):
-    raise ValueError(f"wanted {{'responses': [...]}} with {count} strings")
+  if not isinstance(found, list) or len(found) != count:
+    raise ValueError(f"wanted {{'responses': [...]}} with {count} entries")
   return found
 
 
-def _outcome(reply: str | None, prompt: str) -> Outcome:
+def _outcome(reply: Any, prompt: str) -> Outcome:
   """One reply as an outcome; its cost in words, a lower bound of its tokens."""
-  if reply is None:
+  if isinstance(reply, dict) and reply.get('refused') is True:
     return Outcome(REFUSED, None, cost=_words(prompt))
+  if not isinstance(reply, str):
+    return Outcome(MALFORMED, None, cost=_words(prompt))
   score = parse_score(reply)
   return Outcome(MALFORMED if score is None else OK, score, cost=_words(prompt) + _words(reply))
 
