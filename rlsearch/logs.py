@@ -99,10 +99,11 @@ def writer(folder: epath.Path, stage: str, first_step: int, tensorboard: bool) -
 ## The numbers of a step.
 
 def rollout_metrics(forest: Forest, episodes: Sequence[Episode], scored: Scored, outcomes: Mapping[tuple, Outcome],
-                    max_failed_share: float) -> tuple[dict[str, float], str]:
-  """Returns what the sampling of a step brought, and what to say where too many rows could not be scored ('' else).
+                    max_failed_share: float) -> dict[str, float]:
+  """Returns what the sampling of a step brought.  The counts over causes of ending add up to the rows.
 
-  The counts over causes of ending add up to the rows.
+  Raises:
+    RuntimeError: more than `max_failed_share` of the rows could not be scored.
   """
   n = max(1, len(episodes))
   dropped = int(np.sum(~scored.scored[:len(episodes)]))
@@ -110,8 +111,9 @@ def rollout_metrics(forest: Forest, episodes: Sequence[Episode], scored: Scored,
     kinds = {}
     for outcome in scored.outcomes.values():
       kinds[outcome.kind] = kinds.get(outcome.kind, 0) + 1
-    return {}, (f'{dropped} of {len(episodes)} rows could not be scored (config.max_failed_share={max_failed_share}); calls '
-                f'ended as {kinds}.  Nothing of this step was trained on; mend the service and start the same command again.')
+    raise RuntimeError(f'{dropped} of {len(episodes)} rows could not be scored (config.max_failed_share='
+                       f'{max_failed_share}); calls ended as {kinds}.  Nothing of this step was trained on; mend the '
+                       'service and start the same command again.')
   turns = [t for e in episodes for t in e.turns]
   policy = lambda t: int(np.sum(t.role == 1))
   metrics = {
@@ -135,7 +137,7 @@ def rollout_metrics(forest: Forest, episodes: Sequence[Episode], scored: Scored,
   for name in scored.values:
     ok = scored.scored & np.any(scored.given[name], axis=1)
     metrics[f'reward/{name}'] = float(np.sum(scored.values[name][ok])) / max(1, int(np.sum(ok)))
-  return metrics, ''
+  return metrics
 
 
 def means(sums: Sequence[Mapping[str, WeightedSum]]) -> dict[str, float]:

@@ -151,9 +151,10 @@ def _check_models(config: Mapping[str, Any]) -> None:
     raise ValueError(f'config.credit.name={credit_entry["name"]!r}: sums over whole rows, but the rows of '
                      f'config.sampling.name={config["sampling"]["name"]!r} share turns; wants prefix_relative')
   for name, term in config['rewards'].items():
-    if term.get('budget', config['protocol'].get('max_searches')) != config['protocol'].get('max_searches'):
+    searches = config['protocol'].get('max_searches') if isinstance(config['protocol'], Mapping) else None
+    if isinstance(term, Mapping) and searches is not None and term.get('budget', searches) != searches:
       raise ValueError(f'config.rewards.{name}.budget={term["budget"]!r}: wants the steps that there are, '
-                       f'config.protocol.max_searches={config["protocol"].get("max_searches")!r}')
+                       f'config.protocol.max_searches={searches!r}')
   fits = config['objective'].get('name') == 'turn_score', model['reward'] == 'trained', credit_entry.get('name') == 'turn_labels'
   if any(fits) and not all(fits):
     raise ValueError(f'config.model.reward={model["reward"]!r}, config.objective.name={config["objective"].get("name")!r}, '

@@ -105,11 +105,15 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
       rows     = method.sampling.rows(grown.forest)
       episodes = [forest_lib.episode(grown.forest, row, (seed, step)) for row in rows]
       scored   = score_lib.score_rows(method.rewards, episodes, grown.outcomes, tools, render.protocol.max_turns)
-      metrics, failed = logs.rollout_metrics(grown.forest, episodes, scored, grown.outcomes, config['max_failed_share'])
-      if parallel.any_host(bool(failed)):                     # of all hosts, or the others would wait for this one
+      metrics, failed = {}, None
+      try:
+        metrics = logs.rollout_metrics(grown.forest, episodes, scored, grown.outcomes, config['max_failed_share'])
+      except RuntimeError as error:
+        failed = error
+      if parallel.any_host(failed is not None):               # of all hosts, or the others would wait for this one
         saved.save(run)                                       # the steps before this one are not lost with it
         saved.wait()
-        raise RuntimeError(failed or 'another host could not score too many of its rows; its message says why')
+        raise failed or RuntimeError('another host could not score too many of its rows; its message says why')
     with clock.part('pack'):
       packed   = pack_lib.pack_step(grown.forest, rows, scored.scored, buckets, render.protocol.max_turns,
                                     config['train_roles'], parallel.batch_ways(mesh))

@@ -137,9 +137,9 @@ class TestTools:
       ('trained_reward', {'reward_module.stage': ''},
        "config.rewards.module.name='trained_reward': asks the tool 'reward_module', but config.reward_module.stage=''"),
       ('trained_reward', {'reward_module.stage': 'cold_start'},
-       "config.reward_module.stage='cold_start': wants a stage with config.model.reward=trained; the stages are ["),
+       "config.reward_module.stage='cold_start': wants an earlier stage with config.model.reward=trained; those before are ["),
       ('trained_reward', {'reward_module.stage': 'module'},
-      "config.reward_module.stage='module': wants a stage with config.model.reward=trained"),
+      "config.reward_module.stage='module': wants an earlier stage with config.model.reward=trained"),
       ('trained_reward', {'reward_module.path': 'x'},
       "config.reward_module.path='x': unknown entry; known: ['stage']")])
   def test_one_line_with_the_entry_the_value_and_what_would_do(self, name, entries, message):

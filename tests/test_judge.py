@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import math
 import socket
 
 import fakes
@@ -95,7 +96,7 @@ class TestHttpJudge:
     assert scores(found) == [('ok', 1), ('ok', -1), ('ok', 0)]
 
   def test_costs_are_the_words_of_prompt_and_reply(self):
-    with server(replies('a b <score>1</score>', None)) as (url, _):
+    with server(replies('a b <score>1</score>', {'refused': True})) as (url, _):
       found = client(url)([call(0, 'one two three'), call(1, 'four')])
     assert [o.cost for o in found] == [6, 1]
 
@@ -106,10 +107,16 @@ class TestHttpJudge:
     assert [len(b['prompts']) for b in bodies] == [4, 4, 2]
     assert [o.value for o in found] == [i % 3 - 1 for i in range(10)]
 
-  def test_null_is_a_refusal_of_that_text_alone_and_is_not_asked_again(self):
-    with server(replies(ONE, None, ONE)) as (url, bodies):
+  def test_a_refusal_is_of_that_text_alone_and_is_not_asked_again(self):
+    with server(replies(ONE, {'refused': True}, ONE)) as (url, bodies):
       assert scores(client(url)([call(i) for i in range(3)])) == [('ok', 1), ('refused', None), ('ok', 1)]
     assert len(bodies) == 1
+
+  @pytest.mark.parametrize('entry', [None, 1, True, math.nan, math.inf, 1e308, [], {'text': ONE}, {'refused': 'yes'}, ''], ids=str)
+  def test_an_entry_that_is_no_reply_fails_alone_and_is_asked_for_once_more(self, entry):
+    with server(replies(ONE, entry, ONE), replies(entry)) as (url, bodies):
+      assert scores(client(url)([call(i) for i in range(3)])) == [('ok', 1), ('malformed', None), ('ok', 1)]
+    assert [len(b['prompts']) for b in bodies] == [3, 1]
 
   def test_an_unreadable_reply_is_asked_for_once_more(self):
     once = replies(ONE, 'hm', 'In 1996')
@@ -137,8 +144,7 @@ class TestHttpJudge:
       ((200, b'\xff'), 'malformed'),
       ((200, []), 'malformed'), ((200, {}), 'malformed'), ((200, {'responses': None}), 'malformed'),
       ((200, {'responses': ONE}), 'malformed'), ((200, {'responses': [ONE]}), 'malformed'),
-      ((200, {'responses': [ONE] * 3}), 'malformed'), ((200, {'responses': [ONE, 1]}), 'malformed'),
-      ((200, {'responses': [ONE, {'text': ONE}]}), 'malformed'), ((200, {'response': [ONE, ONE]}), 'malformed')],
+      ((200, {'responses': [ONE] * 3}), 'malformed'), ((200, {'response': [ONE, ONE]}), 'malformed')],
       ids=lambda x: str(x)[:40])
   def test_a_server_that_does_not_recover_gives_no_score(self, script, kind, caplog):
     # Not even to the texts whose reply could be read: which reply is whose is not known then.

@@ -71,9 +71,9 @@ class TestTerms:
     found = [term.score([fakes.episode(*[seen()] * t, '<answer>wrong</answer>')], {})[0] for t in range(4)]
     assert found == [[None] * t + [x] for t, x in enumerate(wanted)]
 
-  def test_early_answer_of_a_failed_service(self):
+  def test_early_answer_speaks_about_steps_that_a_failed_service_cut_off(self):
     episode = fakes.episode(seen(), ended=FAILED_SERVICE)
-    assert rewards.early_answer(budget=4, index_base=0).score([episode], {}) == [None]
+    assert rewards.early_answer(budget=4, index_base=0).score([episode], {}) == [[None]]
 
   @pytest.mark.parametrize('entries', [dict(budget=0, index_base=0), dict(budget=4, index_base=2)])
   def test_early_answer_impossible(self, entries):
@@ -377,7 +377,7 @@ class TestServer:
 
   def test_one_that_refuses_texts(self):
     # Whatever names step t1x is refused: the lowest score, and no row is dropped.
-    null = lambda body: (200, {'responses': [None if 'Thought: t1' in p else ONE for p in body['prompts']]})
+    null = lambda body: (200, {'responses': [{'refused': True} if 'Thought: t1' in p else ONE for p in body['prompts']]})
     with server(null) as (url, _):
       grown, step = self.grown(url)
     refused = [uid for uid, o in grown.outcomes.items() if o.kind == 'refused' and uid[-1] != 'action']

@@ -77,7 +77,7 @@ class TestBuild:
       ('protocol.name', 'react', r"config.protocol.name='react'; known: ['search_r1']"),
       ('sampling.name', 'tree', "config.sampling.name='tree'; known: ['demonstrations', 'independent', 'shared_prefix']"),
       ('rewards.em.name', 'bleu', f"config.rewards.em.name='bleu'; known: {sorted(rewards.__all__)}"),
-      ('combine.name', 'product', "config.combine.name='product'; known: ['weighted_sum']"),
+      ('combine.name', 'product', "config.combine.name='product'; known: ['threshold', 'weighted_sum']"),
       ('credit.name', 'gea', f"config.credit.name='gea'; known: {sorted(credit.__all__)}"),
       ('objective.name', 'dpo', f"config.objective.name='dpo'; known: {sorted(objectives.__all__)}"),
       ('schedule.lr', dict(name='step'), "config.schedule.lr.name='step'; known: ["),
@@ -89,7 +89,7 @@ class TestBuild:
       ('sampling.num_samples', None, 'config.sampling (independent).num_samples: missing'),
       ('objective.aggregate', None, 'config.objective (clipped_surrogate).aggregate: missing'),
       ('protocol', 'search_r1', "config.protocol='search_r1': wants an entry with a name; known: ['search_r1']"),
-      ('combine', {}, "config.combine={}: wants an entry with a name; known: ['weighted_sum']"),
+      ('combine', {}, "config.combine={}: wants an entry with a name; known: ['threshold', 'weighted_sum']"),
       ('protocol.max_searches', -1, 'config.protocol.max_searches=-1'),
       ('objective.aggregate', 'rows', "config.objective.aggregate='rows'; known: ['sequence', 'step_mean', 'step_sum', 'token']"),
       ('schedule.weights.f1', 1.0, "config.schedule.weights.f1: no such reward term; known: ['em']"),
@@ -131,8 +131,15 @@ class TestCheck:
     method.check(config(model={**CONFIG['model'], 'reference': False}, schedule={**CONFIG['schedule'], 'kl_coef': 0.0}))
     prefixes = dict(name='shared_prefix', num_candidates=2, select_temperature=0.0, select_normalize_std=True,
         scored_by=('em',))
-    for assign in ('prefix_relative', 'turn_returns'):
-      method.check(config(sampling=prefixes, credit=dict(name=assign)))
+    method.check(config(sampling=prefixes, credit=dict(name='prefix_relative')))
+    for assign in (dict(name='turn_returns'), dict(name='turn_labels', label='outcome')):
+      with pytest.raises(ValueError, match='sums over whole rows'):
+        method.check(config(sampling=prefixes, credit=assign))
+    with pytest.raises(ValueError, match="old_logp='sampler': the sampler has no log-probability of .'observation'."):
+      method.check(config(train_roles={'policy': 1.0, 'observation': 1.0}, updates={**CONFIG['updates'], 'old_logp': 'sampler'}))
+    with pytest.raises(ValueError, match='config.rewards.early.budget=4: wants the steps that there are, config.protocol.max_searches='):
+      method.check(config(rewards={**CONFIG['rewards'], 'early': dict(name='early_answer', budget=4, index_base=0)},
+                          protocol={**CONFIG['protocol'], 'max_searches': 2}))
     method.check(but('credit', dict(name='gae', kl_coef=0.1),
         but('model.critic', 'separate', but('sampling.num_samples', 1))))
 
