@@ -159,6 +159,7 @@ class TestNewest:
       self.newest(copy)
 
 
+@pytest.mark.slow
 class TestLoadParams:
 
   def test_a_checkpoint_holds_the_policy_that_is_left(self, agent, whole):
@@ -427,6 +428,7 @@ class TestRun:
     assert err.count('\n') == 1 and re.match(message, err)
 
 
+@pytest.mark.slow
 class TestVerb:
 
   def start(self, *args, **kinds):

@@ -44,7 +44,7 @@ def imported(*folders):
       names = ([a.name for a in node.names] if isinstance(node, ast.Import)
                else [node.module] if isinstance(node, ast.ImportFrom) else [])
       found |= {name.split('.')[0] for name in names}
-  own = {'rlsearch', 'configs'} | {p.stem for p in (REPO / 'tests').glob('*.py')}
+  own = {'rlsearch', 'configs', 'experiments'} | {p.stem for p in (REPO / 'tests').glob('*.py')}
   return found - own - sys.stdlib_module_names - {'__future__'}
 
 

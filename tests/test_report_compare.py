@@ -257,6 +257,7 @@ class TestHarmless:
     assert not [v for _, k, v in bad.attrs if k in ('src', 'action', 'data')]
 
 
+@pytest.mark.slow
 class TestDamage:
 
   @pytest.mark.parametrize('gone', ['*.json', '*/metrics.jsonl', '*/evals.jsonl', 'config.json', 'summary.json'])

@@ -139,6 +139,7 @@ def _forest(rng, config):
   return {0: forest_lib.add(tree, first, 0, turn(), 'answered')[0]}
 
 
+@pytest.mark.slow
 def test_scores_are_projections_of_exact_gradients(rng=np.random.default_rng(5)):
   config = small.shape()
   model, params, forest = models.make(config), small.weights(config), _forest(rng, config)
