@@ -19,11 +19,11 @@ import sys
 import threading
 from typing import Any, NamedTuple
 
-from absl import app, flags
+from absl import app, flags, logging
 import tqdm
 
 from experiments import variant as variant_lib
-from rlsearch import settings
+from rlsearch import runs, settings
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 COSTS = ('generated_tokens', 'prefilled_tokens', 'update_tokens', 'distinct_tokens', 'trained_tokens', 'judge_tokens',
@@ -204,5 +204,7 @@ def run(name: str, variants: Callable[[int, int], list[Variant]], report: Callab
     if unknown:
       raise app.UsageError(f'--only={sorted(unknown)}: no such variant; known: {[v.name for v in arms]}')
     out.mkdir(parents=True, exist_ok=True)
+    logging.set_verbosity(logging.WARNING)
+    runs.use_compilation_cache()
     report(out, sweep(out, [v for v in arms if not said.only or v.name in said.only], seeds, said.jobs), seeds)
   app.run(main)
