@@ -127,5 +127,6 @@ def score_service(score: Callable[[Sequence[Ids], Sequence[np.ndarray]], np.ndar
   """
   def service(calls: Sequence[Call]) -> list[Outcome]:
     values = score([c.args['context_ids'] for c in calls], [c.args['own'] for c in calls])
-    return [Outcome(OK if np.isfinite(v) else MALFORMED, float(v)) for v in values]
+    return [Outcome(OK if np.isfinite(v) else MALFORMED, float(v), cost=float(len(c.args['context_ids'])))
+            for c, v in zip(calls, values, strict=True)]                 # the tokens that it read
   return service
