@@ -54,38 +54,48 @@ def mean_of(rows: Sequence[Mapping[str, str]], column: str) -> float:
   return float(np.mean(values)) if values else float('nan')
 
 
-def curve(workdir: pathlib.Path, cost: str) -> tuple[list[float], list[float]]:
-  """Returns what a run had spent of a cost at each evaluation, and the sampled exact match there."""
+def curve(workdir: pathlib.Path, cost: str, hops: str = '') -> tuple[list[float], list[float]]:
+  """Returns what a run had spent of a cost at each evaluation, and the sampled exact match there.
+
+  Args:
+    workdir: of the run.
+    cost: of the metrics' cost/..., or 'seconds' (evaluations left out).
+    hops: number of hops of the questions that count; '' for all.
+  """
   last = json.loads((workdir / 'config.json').read_text())['name']
   lines = lambda name: [json.loads(x) for x in (workdir / last / name).read_text().splitlines()]
-  spent = np.cumsum([m.get(f'cost/{cost}', 0.0) for m in lines('metrics.jsonl')])
+  of = lambda m: m.get('time/step', 0.0) - m.get('time/eval', 0.0) if cost == 'seconds' else m.get(f'cost/{cost}', 0.0)
+  spent = np.cumsum([of(m) for m in lines('metrics.jsonl')])
   evals = [e for e in lines('evals.jsonl') if e['mode'] == 'sampled']
-  return [float(spent[e['step'] - 1]) if e['step'] else 0.0 for e in evals], [e['em'] for e in evals]
+  em = lambda e: e['by_hops'].get(hops, {}).get('em', float('nan')) if hops else e['em']
+  return [float(spent[e['step'] - 1]) if e['step'] else 0.0 for e in evals], [em(e) for e in evals]
 
 
-def plot_costs(out: pathlib.Path, groups: Mapping[str, Sequence[str]], seeds: Sequence[int], costs: Sequence[str],
-               path: pathlib.Path) -> None:
-  """Draws exact match against each cost, one line a variant (the mean over seeds), and writes an SVG or PNG.
+def plot_costs(out: pathlib.Path, variants: Sequence[str], seeds: Sequence[int], costs: Sequence[str], path: pathlib.Path,
+               hops: Sequence[str] = ('', '1', '2', '3')) -> None:
+  """Draws exact match against each cost, a row for all questions and one a number of hops, one line a variant.
+
+  A line is the mean over seeds.  The first and the last point are of the test questions, those between of others.
 
   Args:
     out: of the sweep.
-    groups: label -> variants that are drawn in one colour family.
+    variants: names.
     seeds: to average.
-    costs: names of COSTS of the step's metrics.
-    path: of the picture.
+    costs: see `curve`.
+    path: of the picture, SVG or PNG.
+    hops: rows; '' is all questions.
   """
-  fig, axes = plt.subplots(1, len(costs), figsize=(4.6 * len(costs), 3.8), squeeze=False)
-  colours = plt.get_cmap('tab10').colors
-  for ax, cost in zip(axes[0], costs, strict=True):
-    for i, (label, variants) in enumerate(groups.items()):
-      for j, v in enumerate(variants):
-        xs, ys = zip(*(curve(out / 'runs' / f'{v}-{s}', cost) for s in seeds), strict=True)
-        ax.plot(np.mean(xs, axis=0), np.mean(ys, axis=0), marker='o', ms=3, color=colours[i % 10],
-                ls=('-', '--', ':', '-.')[j % 4], label=v if len(variants) > 1 else label)
-    ax.set_xlabel(cost.replace('_', ' '))
-    ax.set_ylabel('exact match, sampled')
-    ax.grid(alpha=0.3)
-  axes[0][-1].legend(fontsize=7, loc='lower right')
+  fig, axes = plt.subplots(len(hops), len(costs), figsize=(3.4 * len(costs), 2.6 * len(hops)), squeeze=False, sharey='row')
+  colours = plt.get_cmap('tab20').colors
+  for row, h in zip(axes, hops, strict=True):
+    for ax, cost in zip(row, costs, strict=True):
+      for i, v in enumerate(variants):
+        xs, ys = zip(*(curve(out / 'runs' / f'{v}-{s}', cost, h) for s in seeds), strict=True)
+        ax.plot(np.mean(xs, axis=0), np.mean(ys, axis=0), marker='o', ms=2.5, color=colours[i % 20], label=v)
+      ax.set_xlabel(cost.replace('_', ' '), fontsize=8)
+      ax.grid(alpha=0.3)
+    row[0].set_ylabel(f'exact match, {h} hops' if h else 'exact match, all', fontsize=8)
+  axes[0][-1].legend(fontsize=6, loc='lower right')
   fig.tight_layout()
   fig.savefig(path)
   plt.close(fig)

@@ -18,7 +18,7 @@ from experiments import stats, sweep   # noqa: E402
 from experiments.sweep import Variant   # noqa: E402
 
 _METHODS = ('search_r1_grpo', 'search_r1_ppo', 'rloo', 'step_search', 'igpo', 'slate')
-PLOTTED = ('generated_tokens', 'distinct_tokens', 'retrievals', 'judge_tokens')
+PLOTTED = ('generated_tokens', 'prefilled_tokens', 'distinct_tokens', 'judge_tokens', 'retrievals', 'seconds')
 
 
 def common(steps: int, questions: int, critic: bool = False) -> dict:
@@ -64,10 +64,10 @@ def report(out: pathlib.Path, rows: list[dict[str, str]], seeds: list[int]) -> N
   print(table)
   if not complete:
     return
-  groups = {n: [n] for n in complete if n in _METHODS}
+  groups = [n for n in complete if n in _METHODS]
   if groups:
     stats.plot_costs(out, groups, seeds, PLOTTED, out / 'costs.svg')
-  cells = {n: [n] for n in complete if n not in _METHODS or n in ('slate', 'search_r1_grpo')}
+  cells = [n for n in complete if n not in _METHODS or n in ('slate', 'search_r1_grpo')]
   stats.plot_costs(out, cells, seeds, PLOTTED, out / 'cells.svg')
   (out / 'conclusion.md').write_text(conclusion(complete, gains, after, rows, seeds))
   print((out / 'conclusion.md').read_text())

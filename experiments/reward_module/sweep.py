@@ -56,7 +56,7 @@ def report(out: pathlib.Path, rows: list[dict[str, str]], seeds: list[int]) -> N
   (out / 'agreement.json').write_text(json.dumps(found, indent=1))
   (out / 'table.md').write_text(f'{table}\n\n{agreement}\n')
   if complete:
-    stats.plot_costs(out, {n: [n] for n in complete}, seeds, ('generated_tokens', 'scored_tokens', 'judge_tokens'), out / 'costs.svg')
+    stats.plot_costs(out, complete, seeds, ('generated_tokens', 'distinct_tokens', 'judge_tokens', 'seconds'), out / 'costs.svg')
   text = conclusion(complete, found, after, lengths, seeds)
   (out / 'conclusion.md').write_text(text)
   print(f'{table}\n\n{agreement}\n\n{text}')

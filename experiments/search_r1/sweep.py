@@ -75,7 +75,7 @@ def report(out: pathlib.Path, rows: list[dict[str, str]], seeds: list[int]) -> N
   directions = stats.markdown(('change', 'arms', 'paper', 'measured [95%]', 'direction'), lines)
   (out / 'table.md').write_text(f'{directions}\n\n{runs}\n')
   if complete:
-    stats.plot_costs(out, {n: [n] for n in complete}, seeds, ('generated_tokens', 'update_tokens', 'retrievals'), out / 'costs.svg')
+    stats.plot_costs(out, complete, seeds, ('generated_tokens', 'update_tokens', 'retrievals', 'seconds'), out / 'costs.svg')
   say = lambda verdict: '; '.join(w for w, v in agree if v == verdict) or 'none'
   conclusion = (f'On the embedded world over seeds {seeds} these changes go the paper\'s way: {say("as in the paper")}.\n\n'
                 f'These go the other way: {say("the other way")}.\n\n'
