@@ -1,6 +1,6 @@
 r"""SLATE. Samarinas et al. 2026, https://arxiv.org/abs/2602.23440, Alg. 1, Eqs. 3-7.
 
-Reference: algoprog/SLATE, configs/slate.yaml.  Reproduced: not yet.  Deviations: S1 to S10 of configs/README.md.
+Reference: algoprog/SLATE, configs/slate.yaml.  Reproduced: not yet.  Deviations: S1 to S11 of configs/README.md.
 The code's reading of the bonus is index_base=0, the README's 1; of Eq. 7 aggregate='step_mean' and 'step_sum'.
 
   python -m rlsearch.train --config=configs/slate.py:qwen2_5_7b --workdir=$W            the paper's setting

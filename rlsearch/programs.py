@@ -42,8 +42,8 @@ def make_programs(model: Model, method: Method, tx: Mapping[str, optim.Group], s
   whole = shard.rows
   needs_forward = options.old_logp == 'trainer' or model.reference is not None or model.critic is not None
   adapted = 'base' in model.frozen
-  policy = (jax.jit(lambda s: model.policy(s.trainable, s.frozen)) if adapted
-            else lambda s: model.policy(s.trainable, s.frozen))
+  policy = lambda s: model.policy(s.trainable, s.frozen)
+  policy = jax.jit(policy) if adapted else policy
   # On several CPU devices, programs with collectives that pile up can starve one another of threads until XLA
   # aborts the process; one at a time they cannot.
   several_cpus = mesh.devices.size > 1 and mesh.devices.flat[0].platform == 'cpu'
@@ -58,7 +58,8 @@ def make_programs(model: Model, method: Method, tx: Mapping[str, optim.Group], s
                          donate_argnums=1),
       apply=jax.jit(update.apply(tx), in_shardings=(shard.state, sums, shard.replicated),
                     out_shardings=(shard.state, shard.replicated), donate_argnums=0),
-      shard=shard, options=options, has_reference=model.reference is not None, settle=jax.block_until_ready if several_cpus else lambda x: x)
+      shard=shard, options=options, has_reference=model.reference is not None,
+      settle=jax.block_until_ready if several_cpus else lambda x: x)
 
 
 def _metric_names(model: Model, method: Method) -> Mapping[str, Any]:
@@ -89,6 +90,11 @@ def blocks_of(lengths: np.ndarray, members: np.ndarray, buckets: Sequence[Bucket
           for b, places in pack_lib.divide(common, np.arange(num), local)]
 
 
+def used_rows(advantage: np.ndarray, options: Update) -> np.ndarray:
+  """Returns bool[B]: the rows that the update uses, all or those with an advantage (config.updates.drop_zero_credit)."""
+  return np.any(advantage != 0, axis=1) | (not options.drop_zero_credit)
+
+
 def update_step(program: Programs, state: TrainState, packed: Packed, rewards: Rewards, buckets: Sequence[Bucket],
                 hypers: Hypers, key: tuple[int, int]) -> tuple[TrainState, np.ndarray, dict[str, float]]:
   """Returns the state after a step's optimizer steps, the advantages f32[B, T], and the step's means.
@@ -110,7 +116,7 @@ def update_step(program: Programs, state: TrainState, packed: Packed, rewards: R
   traj_all, snap_all = parallel.to_global((traj, snap), shard.rows)
   cred = parallel.local_rows(program.credit(traj_all, _global_rewards(rewards, shard), snap_all))
   done = []
-  useful = np.any(cred.advantage != 0, axis=1) | (not program.options.drop_zero_credit)
+  useful = used_rows(cred.advantage, program.options)
   for members in minibatches(packed, program.options, key):
     kept = members[useful[members]]
     signal = bool(parallel.largest((len(kept),))[0])

@@ -14,14 +14,13 @@ from absl import app, flags, logging
 from etils import epath
 import jax
 from ml_collections import config_flags
-import numpy as np
 
 from rlsearch import (checkpoint, engines, evaluate as evaluate_lib, logs, method as method_lib, outside, parallel,
                       runs, services, settings, update)
 from rlsearch.checkpoint import Run
 from rlsearch.evaluate import Evals
 from rlsearch.models import model as models, params as params_lib
-from rlsearch.programs import assert_one_trace_a_bucket, make_programs, update_step
+from rlsearch.programs import assert_one_trace_a_bucket, make_programs, update_step, used_rows
 from rlsearch.rollout import grow as grow_lib, pack as pack_lib, render as render_lib, score as score_lib
 from rlsearch.rollout import trees as trees_lib
 from rlsearch.sampling import forest as forest_lib
@@ -124,7 +123,7 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
       state, advantage, sums = update_step(program, run.state, packed, rewards, buckets, hypers, (seed, step))
 
     run = Run(state.replace(step=state.step + 1), run.memory, parallel.largest((grown.cursor.position - jax.process_index(),))[0])
-    used = np.any(advantage[:len(rows)] != 0, axis=1) | (not program.options.drop_zero_credit)
+    used = used_rows(advantage[:len(rows)], program.options)
     summary = {**metrics, **sums, 'cost/distinct_tokens': pack_lib.distinct_tokens(grown.forest, rows, used),
                'cost/update_tokens': int(packed.lengths[:len(rows)][used].sum()), **{f'cost/{k}': v for k, v in engine.counts().items()},
                **{f'cost/eval_{k}': v for k, v in held_out.items()},

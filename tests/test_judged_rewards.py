@@ -16,6 +16,7 @@ from rlsearch.data.text import has_tag
 from rlsearch.envs import judge as judges
 from rlsearch.protocols import search_r1
 from rlsearch.rewards.judge import TAGS, context, valid_score
+from rlsearch.rollout import score as score_lib
 from rlsearch.sampling import forest as forest_lib
 from rlsearch.types import ENDS, FAILED_SERVICE, Outcome, Passage
 
@@ -71,9 +72,16 @@ class TestTerms:
     found = [term.score([fakes.episode(*[seen()] * t, '<answer>wrong</answer>')], {})[0] for t in range(4)]
     assert found == [[None] * t + [x] for t, x in enumerate(wanted)]
 
-  def test_early_answer_speaks_about_steps_that_a_failed_service_cut_off(self):
+  def test_early_answer_of_a_failed_service(self):
     episode = fakes.episode(seen(), ended=FAILED_SERVICE)
-    assert rewards.early_answer(budget=4, index_base=0).score([episode], {}) == [[None]]
+    assert rewards.early_answer(budget=4, index_base=0).score([episode], {}) == [None]
+
+  def test_a_row_that_a_failed_service_cut_off_is_dropped_though_its_judge_could_speak(self):
+    # Its sum lacks the turns that could not follow: scored, the failure would be a lower return.
+    cut, whole = fakes.episode(seen(), ended=FAILED_SERVICE), fakes.episode(seen())
+    tools = fakes.tools(lambda call: Outcome('ok', 1))
+    out = score_lib.score_rows({'think': rewards.judge_thinking()}, [cut, whole], {}, tools, 2)
+    assert out.scored.tolist() == [False, True]
 
   @pytest.mark.parametrize('entries', [dict(budget=0, index_base=0), dict(budget=4, index_base=2)])
   def test_early_answer_impossible(self, entries):

@@ -7,7 +7,6 @@ same seed had time for.  Rows that results.csv already holds are skipped, so a s
 """
 from __future__ import annotations
 
-import csv
 import json
 import pathlib
 import subprocess
@@ -15,12 +14,16 @@ import sys
 
 from absl import app, flags
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from experiments import sweep   # noqa: E402
+
 _OUT = flags.DEFINE_string('out', 'runs/experiments/demo', 'Folder of the runs.')
 _SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2', '3', '4'], 'Seeds of the demo.')
 _CONTROLS = flags.DEFINE_list('controls', ['0'], 'Seeds of the control.')
 _METHOD = flags.DEFINE_string('method', 'search_r1_grpo', 'Method to compare with the control.')
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 COLUMNS = ('variant', 'seed', 'commit', 'em_before', 'em_after', 'em_greedy_before', 'em_greedy_after', 'questions',
            'generated_tokens', 'prefilled_tokens', 'trained_tokens', 'retrievals', 'seconds_cold_start', 'seconds_rl',
            'seconds_total', 'peak_memory_gib')
@@ -42,32 +45,22 @@ def control_overrides(demo: dict, cold_steps: int) -> list[str]:
           '--config.steps=1', '--config.schedule.lr.start=0.0', '--config.schedule.lr.stop=0.0']
 
 
-def append(path: pathlib.Path, row: dict) -> None:
-  """Adds a row to results.csv, with the header if the file is new."""
-  fresh = not path.exists()
-  with path.open('a', newline='') as f:
-    writer = csv.DictWriter(f, COLUMNS, extrasaction='ignore')
-    if fresh:
-      writer.writeheader()
-    writer.writerow(row)
-
-
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unknown argument {argv[1]!r}')
   out = pathlib.Path(_OUT.value)
   out.mkdir(parents=True, exist_ok=True)
   table = out / 'results.csv'
-  done = {(r['variant'], r['seed']) for r in csv.DictReader(table.open())} if table.exists() else set()
+  done = {(r['variant'], r['seed']) for r in sweep.read(table)}
   for seed in _SEEDS.value:
     if ('demo', seed) not in done:
-      append(table, {**run(out / f'demo-{seed}', seed, []), 'variant': 'demo', 'seed': seed})
+      sweep.append(table, {**run(out / f'demo-{seed}', seed, []), 'variant': 'demo', 'seed': seed}, COLUMNS)
   for seed in _CONTROLS.value:
     if ('control', seed) not in done:
       demo = json.loads((out / f'demo-{seed}' / 'summary.json').read_text())
       cold = json.loads((out / f'demo-{seed}' / 'config.json').read_text())['stages']['cold_start']['steps']
       row = run(out / f'control-{seed}', seed, control_overrides(demo, cold))
-      append(table, {**row, 'variant': 'control', 'seed': seed})
+      sweep.append(table, {**row, 'variant': 'control', 'seed': seed}, COLUMNS)
   print(table.read_text())
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from rlsearch.data.text import neutralize
-from rlsearch.types import OK, REFUSED, Call, Episode, Outcome, RewardTerm, Turn
+from rlsearch.types import FAILED_SERVICE, OK, REFUSED, Call, Episode, Outcome, RewardTerm, Turn
 
 SCORES = LOWEST, MIDDLE, HIGHEST = -1, 0, 1
 TAGS = ('think', 'search', 'information', 'answer', 'explanation', 'score')
@@ -133,7 +133,9 @@ def early_answer(*, budget: int, index_base: int) -> RewardTerm:
   if budget < 1 or index_base not in (0, 1):
     raise ValueError(f'config.rewards: budget={budget}, index_base={index_base}; wants a positive number, and 0 or 1')
 
-  def one(episode: Episode) -> list[float | None]:
+  def one(episode: Episode) -> list[float | None] | None:
+    if episode.ended == FAILED_SERVICE:
+      return None
     return [(budget - k - index_base) / budget if turn.action.kind == 'answer' and not turn.forced else None
             for k, turn in enumerate(episode.turns)]
   return RewardTerm(lambda episode: (), lambda episodes, outcomes: [one(e) for e in episodes])

@@ -71,8 +71,8 @@ def score_rows(terms: Mapping[str, RewardTerm], episodes: Sequence[Episode], out
   shape = (len(episodes), max_turns)
   values = {name: np.zeros(shape, np.float32) for name in terms}
   given = {name: np.zeros(shape, bool) for name in terms}
-  # A term knows whether it can score what a failed service cut off: a step judge can, an outcome cannot.
-  scored = np.array([bool(terms) or e.ended != FAILED_SERVICE for e in episodes], bool)
+  # Also where every term could speak: the turns that a failed service prevented would be missing from the row's sum.
+  scored = np.array([e.ended != FAILED_SERVICE for e in episodes], bool)
   for name, term in terms.items():
     for b, (episode, said) in enumerate(zip(episodes, term.score(episodes, known), strict=True)):
       if said is None:
