@@ -17,7 +17,6 @@ from rlsearch.envs import judge as judges
 from rlsearch.protocols import search_r1
 from rlsearch.rewards.judge import TAGS, context, valid_score
 from rlsearch.rollout import score as score_lib
-from rlsearch.sampling import forest as forest_lib
 from rlsearch.types import ENDS, FAILED_SERVICE, Outcome, Passage
 
 DIMENSIONS = {'think': rewards.judge_thinking, 'query': rewards.judge_query, 'answer': rewards.judge_answer}

@@ -15,7 +15,7 @@ passages and ignores the rule answers about a quarter of the questions wrongly t
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import math
 
 import numpy as np

@@ -7,7 +7,7 @@ the prompts of its released code).
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from rlsearch.data.text import neutralize
 from rlsearch.types import FAILED_SERVICE, OK, REFUSED, Call, Episode, Outcome, RewardTerm, Turn

@@ -13,7 +13,7 @@ from rlsearch.data.questions import Source
 from rlsearch.data.tokenizer import Tokenizer
 from rlsearch.sampling import forest as forest_lib
 from rlsearch.types import (ANSWERED, EMPTY, FAILED_SERVICE, FORCED, LONG_OBSERVATION, OK, REFUSED, TOKEN_BUDGET,
-                            TURN_LIMIT, Call, Expansion, Ids, Key, Outcome, Passage, Protocol, Question,
+                            TURN_LIMIT, Action, Call, Expansion, Ids, Key, Outcome, Passage, Protocol, Question,
                             Request, Tree, Turn)
 
 
