@@ -56,7 +56,8 @@ class TestTwoUpdates:
     line = small_run.lines(tmp_path / name / 'metrics.jsonl')[0]
     assert {f'reward/{term}' for term in config.rewards} <= set(line) and line['rollout/rows_dropped'] == 0
     asks = {term: config.rewards[term]['name'] for term in config.rewards}
-    assert (line['cost/judge_tokens'] > 0) == any(factory.startswith('judge_') for factory in asks.values())
+    judged = any(factory.startswith('judge_') or factory == 'trained_reward' for factory in asks.values())
+    assert (line['cost/judge_tokens'] > 0) == judged               # what a judge or a reward module reads
     if name == 'igpo' and line['rollout/searches'] > 0:
       assert line['cost/scored_tokens'] > 0
     trees = json.loads((tmp_path / name / 'trees-1.json').read_text())['trees']
