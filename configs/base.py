@@ -21,6 +21,7 @@ def get_config():
   c.steps = 1
   c.stages = {}
   c.mesh = dict(data=1, fsdp=-1, tensor=1)
+  c.sampler_mesh = dict(data=-1, tensor=1)                    # of each host's own devices
   c.model = dict(variant='tiny', shape={}, tokenizer=dict(vocab_size=1000), init='normal', lora={}, critic='none',
                  reference=True, reward='none')
   c.data = dict(questions_per_step=1, first_position=0, source=dict(name='files', corpus_path='', train='', validation='', test='',
@@ -28,12 +29,16 @@ def get_config():
   c.retriever = dict(name='bm25', topk=3)
   c.judge = dict(name='none')
   c.reward_module = dict(stage='')
-  c.tools = dict(deadline_seconds=60.0)
-  c.engine = dict(name='simple', rows=64, contexts=(512, 1024, 2048, 4096), max_new_tokens=512)
+  c.tools = dict(deadline_seconds=60.0, workers=1, max_batch=256, max_queued=4096, watch_seconds=30.0, per_tool={})
+  c.engine = dict(name='paged', rows=64, contexts=(512, 1024, 2048, 4096), max_new_tokens=512, page_tokens=64, steps=32,
+                  chunk_rows=4, chunk_tokens=128, members=1, num_pages=0, memory_share=0.8)
+  # buckets: shapes that the update is compiled for, (sequences, tokens of each).  Where updates.layout is 'shared', a sequence
+  # holds up to updates.sequence_rows rows, and what they have in common once; the longest bucket decides how many fit.
   c.length = dict(prompt=2048, turn=500, observation=500, total=4096, buckets=((64, 4096),))
   c.combine = dict(name='weighted_sum')
   c.train_roles = dict(policy=1.0)
-  c.updates = dict(minibatches=1, epochs=1, microbatch_rows=8, drop_zero_credit=False, old_logp='trainer')
+  c.updates = dict(minibatches=1, epochs=1, microbatch_rows=8, drop_zero_credit=False, old_logp='trainer',
+                   off_policy_steps=0, layout='shared', sequence_rows=16)
   c.evals = dict(every=100, split='validation', num=256, final_split='test', final_num=512,
                  modes=('sampled', 'greedy'), episodes=20)
   c.checkpoint = dict(every=50, keep=2)
@@ -47,7 +52,7 @@ def _qwen(variant):
   return dict(
       model=dict(variant=variant, tokenizer=dict(path='')),
       retriever=ConfigDict(dict(name='http', url='http://127.0.0.1:8000/retrieve', topk=3)),
-      engine=dict(rows=256),
+      engine=dict(rows=320, members=5),
       updates=dict(microbatch_rows=64))
 
 
@@ -83,14 +88,14 @@ SCALES = {
         data=dict(questions_per_step=32, source=ConfigDict(_WORLD)),
         retriever=ConfigDict(dict(name='bm25', topk=1, title_weight=2)),
         judge=ConfigDict(dict(name='oracle', accuracy=1.0)),
-        engine=dict(rows=64, contexts=(32, 72, 120, 208), max_new_tokens=24),
+        engine=dict(rows=64, contexts=(64, 128, 208), max_new_tokens=24, steps=12, chunk_rows=8, chunk_tokens=32),
         length=dict(prompt=40, turn=24, observation=48, total=208,
-                    buckets=((16, 72), (16, 120), (16, 160), (16, 208))),
+                    buckets=((2, 512),)),
         protocol=dict(max_searches=3, prompt='question', reminder='short', separator='', document=' {title} : {text}'),
         schedule=dict(kl_coef=0.0, entropy_coef=0.0,
                       lr=ConfigDict(dict(name='linear', start=3e-3, stop=1e-3, steps=20))),
         optimizer=ConfigDict({**_MUON, 'adam_scale': 0.2}),
-        updates=dict(minibatches=1, epochs=1, microbatch_rows=8, drop_zero_credit=True,
+        updates=dict(minibatches=1, epochs=1, microbatch_rows=2, drop_zero_credit=True,
                      old_logp='sampler'),
         evals=dict(every=10, num=256),
         checkpoint=dict(every=5)),
@@ -100,7 +105,7 @@ SCALES = {
         model=dict(tokenizer=dict(vocab_size=8192)),
         data=dict(questions_per_step=8),
         retriever=ConfigDict(dict(name='bm25', topk=3)),
-        engine=dict(rows=32, contexts=(256, 512, 1024), max_new_tokens=32),
+        engine=dict(rows=32, contexts=(256, 512, 1024), max_new_tokens=32, steps=16),
         length=dict(prompt=256, turn=32, observation=320, total=1024, buckets=((8, 512), (8, 1024))),
         updates=dict(minibatches=2, microbatch_rows=8),
         evals=dict(every=0, num=0, final_num=0),

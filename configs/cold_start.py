@@ -27,7 +27,8 @@ def get_stage():
           lr=dict(name='warmup_cosine', peak=0.01, warmup_steps=20, steps=STEPS, final=0.001),
           kl_coef=0.0, entropy_coef=0.0, temperature=1.0),
       optimizer=dict(name='muon', momentum=0.9, steps=4, adam_scale=2.0, b1=0.9, b2=0.95, clip_norm=1.0),
-      length=dict(buckets=((8, 72), (8, 112), (8, 160), (8, 208))),
-      updates=dict(minibatches=1, epochs=1, microbatch_rows=8, drop_zero_credit=False, old_logp='sampler'),
+      length=dict(buckets=((2, 512),)),
+      updates=dict(minibatches=1, epochs=1, microbatch_rows=2, drop_zero_credit=False, old_logp='sampler',
+                   off_policy_steps=0),
       evals=dict(every=0, final_num=0, episodes=0),
       checkpoint=dict(every=150))

@@ -16,7 +16,8 @@ from tensorboardX import SummaryWriter
 import tqdm
 
 from rlsearch.rollout.score import Scored
-from rlsearch.types import EMPTY, ENDS, OK, Episode, Forest, Outcome, WeightedSum
+from rlsearch.sampling import forest as forest_lib
+from rlsearch.types import EMPTY, OK, POLICY, Episode, Forest, Outcome, WeightedSum
 
 
 class Writer(NamedTuple):
@@ -100,7 +101,10 @@ def writer(folder: epath.Path, stage: str, first_step: int, tensorboard: bool) -
 
 def rollout_metrics(forest: Forest, episodes: Sequence[Episode], scored: Scored, outcomes: Mapping[tuple, Outcome],
                     max_failed_share: float) -> dict[str, float]:
-  """Returns what the sampling of a step brought.  The counts over causes of ending add up to the rows.
+  """Returns what the sampling of a step brought.
+
+  Causes of ending are those of the forest's leaves and add up to them.  A plan may make other rows of its leaves, and
+  means over turns are means over rows.
 
   Raises:
     RuntimeError: more than `max_failed_share` of the rows could not be scored.
@@ -115,7 +119,7 @@ def rollout_metrics(forest: Forest, episodes: Sequence[Episode], scored: Scored,
                        f'{max_failed_share}); calls ended as {kinds}.  Nothing of this step was trained on; mend the '
                        'service and start the same command again.')
   turns = [t for e in episodes for t in e.turns]
-  policy = lambda t: int(np.sum(t.role == 1))
+  policy = lambda t: int(np.sum(t.role == POLICY))
   metrics = {
       'rollout/questions': len(forest), 'rollout/rows': len(episodes), 'rollout/rows_dropped': dropped,
       'rollout/turns': len(turns) / n,
@@ -128,8 +132,8 @@ def rollout_metrics(forest: Forest, episodes: Sequence[Episode], scored: Scored,
       'cost/retrievals': sum(uid[-1] == 'action' for uid in outcomes),
       'cost/judge_tokens': sum(o.cost for o in scored.outcomes.values()),
       'time/search': sum(o.seconds for o in outcomes.values())}
-  for cause in ENDS:
-    metrics[f'rollout/ended/{cause}'] = sum(e.ended == cause for e in episodes)
+  causes = forest_lib.causes(forest)
+  metrics |= {'rollout/leaves': sum(causes.values()), **{f'rollout/ended/{cause}': n for cause, n in causes.items()}}
   for uid, outcome in scored.outcomes.items():          # what failed, by what was asked
     if outcome.kind not in (OK, EMPTY):
       name = f'rollout/calls/{"search" if uid[-1] == "action" else uid[-1]}/{outcome.kind}'
@@ -140,8 +144,27 @@ def rollout_metrics(forest: Forest, episodes: Sequence[Episode], scored: Scored,
   return metrics
 
 
+def staleness(episodes: Sequence[Episode], version: int) -> dict[str, float]:
+  """Returns how many versions the learner is ahead of the policies that sampled a step's turns, mean and largest.
+
+  Each turn counts once, however many rows hold it; turns in which the policy chose nothing have no version.
+
+  Args:
+    episodes: of the step's rows.
+    version: of the policy that the step updates: Turn.policy_version of what it would sample now.
+  """
+  turns = {key: turn for e in episodes for key, turn in zip(e.keys, e.turns, strict=True)}
+  behind = [version - turn.policy_version for turn in turns.values() if np.any(turn.role == POLICY)]
+  return {'rollout/staleness': float(np.mean(behind)) if behind else 0.0,
+          'rollout/staleness_max': float(max(behind, default=0))}
+
+
 def means(sums: Sequence[Mapping[str, WeightedSum]]) -> dict[str, float]:
-  """Returns Σ total / Σ weight over the optimizer steps of one train step, named update/..."""
+  """Returns Σ total / Σ weight over the optimizer steps of one train step, named update/...
+
+  Of importance corrections w, update/correction_ess = (Σ w)² / (n Σ w²) is the share of tokens that is left in effect
+  (Kish 1965).
+  """
   out: dict[str, list[float]] = {}
   for i, metrics in enumerate(jax.device_get(list(sums))):
     for name, s in metrics.items():
@@ -151,7 +174,11 @@ def means(sums: Sequence[Mapping[str, WeightedSum]]) -> dict[str, float]:
       pair[0] += float(s.total)
       pair[1] += float(s.weight)
   named = lambda name: 'rollout/logp_gap' if name == 'logp_gap' else f'update/{name}'
-  return {named(name): total / weight if weight else 0.0 for name, (total, weight) in out.items()}
+  found = {named(name): total / weight if weight else 0.0 for name, (total, weight) in out.items()}
+  square = found.pop('update/correction_square', None)
+  if square is not None:
+    found['update/correction_ess'] = found['update/correction_mean'] ** 2 / square if square else 0.0
+  return found
 
 
 def key_numbers(summary: Mapping[str, float]) -> dict[str, str]:
@@ -200,8 +227,13 @@ def clock(parts: Sequence[str] = ()) -> Clock:
 
 
 def apart(line: Mapping[str, float]) -> dict[str, float]:
-  """Returns the line with the seconds of searches taken out of those of the rollout around them."""
-  return {**line, 'time/rollout': max(0.0, line['time/rollout'] - line['time/search'])}
+  """Returns the line with the seconds of searches taken out of those of the rollout around them.
+
+  Searches that ran at once, or while the loop did something else, count with no more than what it waited, so that the
+  parts of a step add up to it.
+  """
+  search = min(line['time/search'], line['time/rollout'])
+  return {**line, 'time/search': search, 'time/rollout': line['time/rollout'] - search}
 
 
 class Progress(NamedTuple):

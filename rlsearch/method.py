@@ -123,10 +123,7 @@ def check(config: Mapping[str, Any]) -> None:
                      'rows without advantage too')
   if config['updates']['old_logp'] not in ('sampler', 'trainer'):
     raise ValueError(f'config.updates.old_logp={config["updates"]["old_logp"]!r}; known: sampler, trainer')
-  others = {role: w for role, w in config['train_roles'].items() if role != 'policy' and w}
-  if config['updates']['old_logp'] == 'sampler' and others and config['objective'].get('name') not in NO_RATIO:
-    raise ValueError(f"config.updates.old_logp='sampler': the sampler has no log-probability of {sorted(others)} "
-                     '(config.train_roles), which the ratio of the objective needs; wants trainer')
+  _check_sampler(config)
   trainable = sorted(set(ROLES) - {'prompt'})               # a prompt belongs to no turn
   for role, weight in config['train_roles'].items():
     if role not in trainable:
@@ -135,6 +132,32 @@ def check(config: Mapping[str, Any]) -> None:
       raise ValueError(f'config.train_roles.{role}={weight!r}: wants a weight of 0 or more')
   if config['sampling'].get('name') != 'demonstrations' and 'policy' not in config['train_roles']:
     raise ValueError(f'config.train_roles={dict(config["train_roles"])}: a sampled method trains the role policy')
+
+
+def _check_sampler(config: Mapping[str, Any]) -> None:
+  """The rules between the policy that sampled a step's rows and the one that the step updates."""
+  updates, objective = config['updates'], config['objective']
+  old_logp, steps, entry = updates['old_logp'], updates.get('off_policy_steps', 0), objective.get('correction')
+  name, has_ratio = objective.get('name'), objective.get('name') not in NO_RATIO
+  others = sorted(role for role, w in config['train_roles'].items() if role != 'policy' and w)
+  if old_logp == 'sampler' and others and has_ratio:
+    raise ValueError(f"config.updates.old_logp='sampler': the sampler has no log-probability of {others} "
+                     '(config.train_roles), which the ratio of the objective needs; wants trainer')
+  if entry and old_logp == 'sampler':
+    raise ValueError(f"config.objective.correction={entry!r}: with config.updates.old_logp='sampler' the old policy is "
+                     'the sampler, so every weight would be 1 and the ratio of the objective corrects by itself; '
+                     "wants old_logp='trainer', or no correction")
+  if entry and others:
+    raise ValueError(f'config.objective.correction={entry!r}: the sampler has no log-probability of {others} '
+                     '(config.train_roles); wants the role policy alone')
+  if isinstance(steps, bool) or steps not in (0, 1):
+    raise ValueError(f'config.updates.off_policy_steps={steps!r}; known: 0, 1')
+  # A module's labels and an expert's turns are not the policy's: whoever sampled them, the gradient is that of the loss.
+  corrected = has_ratio and (entry or old_logp == 'sampler')
+  if steps and not corrected and name != 'turn_score' and config['sampling'].get('name') != 'demonstrations':
+    raise ValueError(f'config.updates.off_policy_steps={steps}: an older policy sampled the rows, and nothing in '
+                     f"config.objective.name={name!r}, config.updates.old_logp={old_logp!r} corrects for that; wants a "
+                     "surrogate with config.objective.correction, or with old_logp='sampler'")
 
 
 def _check_models(config: Mapping[str, Any]) -> None:

@@ -1,109 +1,199 @@
 """The only door to the outside: calls go in, typed outcomes come out, each before its deadline.
 
-A service is a batched function from calls to outcomes.  One thread a tool runs it, so that the event loop and
-the device go on meanwhile; what waits is batched.  A call that outlives its deadline ends as a timeout, and a
-late answer is thrown away.
+A service is a batched function from calls to outcomes.  Threads run it, so that the event loop and the device go on
+meanwhile: each takes all that is queued for its tool as one batch, so that calls which come while a batch runs are
+batched together.  A call that outlives its deadline ends as a timeout, and a late answer is thrown away, whenever
+it is looked at: how a call ends depends on its service alone, never on when somebody polls.
 """
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import contextlib
+import itertools
 import logging
 import math
 import queue
 import threading
 import time
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rlsearch.data.tokenizer import Tokenizer
-from rlsearch.types import MALFORMED, OK, OUTCOMES, TIMEOUT, Call, Engine, Ids, Outcome, Tools
+from rlsearch.outside_lines import Line, Service, Ticket, line
+from rlsearch.types import MALFORMED, OK, TIMEOUT, Call, Engine, Ids, Outcome, Tools
 
-Service = Callable[[Sequence[Call]], Sequence[Outcome]]
+_OF_A_TOOL = ('workers', 'max_batch', 'max_queued')        # entries that a tool may have of its own
+_SHOWN = 3                                                 # calls that the watchdog names
 
 
-def make(services: Mapping[str, Service], deadline_seconds: float, max_batch: int = 256,
-         own: Mapping[str, Service] | None = None) -> Tools:
+class Limits(NamedTuple):
+  """config.tools.
+
+  Attributes:
+    deadline_seconds: from submission to outcome, for every call, wherever it waits.
+    workers: threads of a tool, each with a batch of its own.  With 1 a service need not be safe for threads.
+    max_batch: calls given to a service at once.
+    max_queued: calls in a tool's queue.  More wait behind it, in the order of their submission; nobody is held up.
+    watch_seconds: calls that are out longer are named in the log, one line in so many seconds.
+    per_tool: {tool: {entry: value}} for entries among workers, max_batch and max_queued.  A retrieval server that
+      batches for itself wants many calls of one query at once: {'search': {'workers': 64, 'max_batch': 1}}.
+  """
+  deadline_seconds: float
+  workers: int = 1
+  max_batch: int = 256
+  max_queued: int = 4096
+  watch_seconds: float = 30.0
+  per_tool: Mapping[str, Mapping[str, int]] = {}
+
+
+def check(limits: Limits, tools: Sequence[str]) -> None:
+  """Checks config.tools.
+
+  Args:
+    limits: what it says.
+    tools: that there are, but for those of this process's own devices.
+
+  Raises:
+    ValueError: with the entry's path, the value found and what would do.
+  """
+  for name in ('deadline_seconds', 'watch_seconds'):
+    value = getattr(limits, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+      raise ValueError(f'config.tools.{name}={value!r}: wants a positive number')
+  sizes = {name: getattr(limits, name) for name in _OF_A_TOOL}
+  for tool, entries in limits.per_tool.items():
+    if tool not in tools:
+      raise ValueError(f'config.tools.per_tool.{tool}: no such service; known: {sorted(tools)}')
+    if not isinstance(entries, Mapping):
+      raise ValueError(f'config.tools.per_tool.{tool}={entries!r}: wants entries among {list(_OF_A_TOOL)}')
+    for name, value in entries.items():
+      if name not in _OF_A_TOOL:
+        raise ValueError(f'config.tools.per_tool.{tool}.{name}={value!r}: unknown entry; known: {list(_OF_A_TOOL)}')
+      sizes[f'per_tool.{tool}.{name}'] = value
+  for name, value in sizes.items():
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+      raise ValueError(f'config.tools.{name}={value!r}: wants a positive whole number')
+
+
+_Out = dict[str, dict[tuple, Ticket]]                     # what is out, by tool and uid, in the order of submission
+
+
+def make(services: Mapping[str, Service], deadline_seconds: float, *, own: Mapping[str, Service] | None = None,
+         **limits: Any) -> Tools:
   """Returns tools over the services.
+
+  A worker that hangs is given nothing new.  Where all of a tool's workers hang, what comes later times out by its own
+  deadline, and is never asked.  A call with the uid of one that is out takes its place.
 
   Args:
     services: by a call's tool name.
-    deadline_seconds: from submission to outcome, for every call.
-    max_batch: calls given to a service at once.
+    deadline_seconds: of Limits.
     own: services of this process's own devices, by tool.  They cannot be unreachable, the first of their calls
-      compiles, and they batch for themselves: neither the deadline nor max_batch holds for them.
+      compiles, and they batch for themselves: no deadline and no limit holds for them.
+    **limits: the other entries of Limits.
 
   Raises:
-    ValueError: from submit, a tool that no service has.
+    ValueError: impossible limits; from submit, a tool that no service has.
   """
-  if deadline_seconds <= 0:
-    raise ValueError(f'config.tools.deadline_seconds={deadline_seconds}: wants a positive number')
-  own = dict(own or {})
-  services = {**services, **own}
-  # One each: a tool that hangs holds up its own calls alone, and a service need not be safe for threads.
-  pools = {tool: ThreadPoolExecutor(max_workers=1, thread_name_prefix=f'tool-{tool}') for tool in services}
+  own, limits = dict(own or {}), Limits(deadline_seconds, **limits)
+  others = {tool: service for tool, service in services.items() if tool not in own}
+  check(limits, list(others))
   ended: queue.SimpleQueue = queue.SimpleQueue()
-  deadlines: dict[tuple, tuple[float, Call]] = {}
-
-  def run(tool, calls):
-    start = time.monotonic()
-    try:
-      outcomes = list(services[tool](calls))
-      if len(outcomes) != len(calls) or any(o.kind not in OUTCOMES for o in outcomes):
-        raise ValueError(f'service {tool!r} gave {len(outcomes)} outcomes for {len(calls)} calls')
-      each = (time.monotonic() - start) / len(calls)                    # shares of a batch add up to its time
-      outcomes = [o._replace(seconds=each) for o in outcomes]
-    except Exception as error:  # A broken service is an outcome, never an observation; the run counts and limits them.
-      logging.getLogger(__name__).warning('tool %s failed: %s: %s', tool, type(error).__name__, error)
-      outcomes = [Outcome(MALFORMED, None, (time.monotonic() - start) / len(calls))] * len(calls)
-    ended.put(list(zip(calls, outcomes, strict=True)))
+  sizes = {name: getattr(limits, name) for name in _OF_A_TOOL}
+  lines = {tool: line(tool, service, ended, **{**sizes, **limits.per_tool.get(tool, {})})
+           for tool, service in others.items()}
+  lines |= {tool: line(tool, service, ended, workers=1, max_batch=math.inf, max_queued=math.inf)
+            for tool, service in own.items()}
+  out: _Out = {tool: {} for tool in lines}
+  watch = _watchdog(limits.watch_seconds, lines, out)
 
   def submit(calls):
-    by_tool: dict[str, list[Call]] = {}
     for call in calls:
-      if call.tool not in services:
-        raise ValueError(f'tool {call.tool!r}: no service; known: {sorted(services)}')
-      by_tool.setdefault(call.tool, []).append(call)
+      if call.tool not in lines:
+        raise ValueError(f'tool {call.tool!r}: no service; known: {sorted(lines)}')
+    now = time.monotonic()
+    fresh: dict[str, list[Ticket]] = {}
     for call in calls:
-      deadlines[call.uid] = math.inf if call.tool in own else time.monotonic() + deadline_seconds, call
-    for tool, group in by_tool.items():
-      size = len(group) if tool in own else max_batch
-      for i in range(0, len(group), size):
-        pools[tool].submit(run, tool, group[i:i + size])
-
-  def take(pairs):
-    """What is still wanted: a call that has timed out is gone from the table, or another has its uid by now."""
-    wanted = []
-    for call, outcome in pairs:
-      if deadlines.get(call.uid, (0, None))[1] is call:
-        del deadlines[call.uid]
-        wanted.append((call, outcome))
-    return wanted
-
-  def late(now):
-    over = [(uid, call) for uid, (deadline, call) in deadlines.items() if deadline <= now]
-    for uid, _ in over:
-      del deadlines[uid]
-    return [(call, Outcome(TIMEOUT, None, deadline_seconds)) for _, call in over]
+      ticket = Ticket(call, now, math.inf if call.tool in own else now + deadline_seconds)
+      out[call.tool].pop(call.uid, None)                    # the order of a table is that of deadlines
+      out[call.tool][call.uid] = ticket
+      fresh.setdefault(call.tool, []).append(ticket)
+    for tool, tickets in fresh.items():
+      lines[tool].put(tickets)
 
   def poll(wait):
     found: list[tuple[Call, Outcome]] = []
     while True:
-      try:
+      now = time.monotonic()                                # before the answers, so that it overtakes none of them
+      with contextlib.suppress(queue.Empty):
         while True:
-          found += take(ended.get_nowait())
-      except queue.Empty:
-        pass
-      found += late(time.monotonic())
-      if found or not wait or not deadlines:
+          found += _wanted(out, ended.get_nowait())
+      found += [(t.call, Outcome(TIMEOUT, None, deadline_seconds)) for t in _over(out, now)]
+      again = watch(now)
+      if found or not wait or not any(out.values()):
         return found
-      remaining = min(deadline for deadline, _ in deadlines.values()) - time.monotonic()
-      try:
-        found += take(ended.get(timeout=min(max(remaining, 0.001), threading.TIMEOUT_MAX)))
-      except queue.Empty:
-        continue
-
+      until = min([again, *(t.deadline for t in _eldest(out))])
+      with contextlib.suppress(queue.Empty):
+        found += _wanted(out, ended.get(timeout=min(max(until - time.monotonic(), 0.0), threading.TIMEOUT_MAX)))
   return Tools(submit, poll)
+
+
+def _eldest(out: _Out) -> list[Ticket]:
+  """The call of each tool that is out longest: the one with the next deadline."""
+  return [next(iter(tickets.values())) for tickets in out.values() if tickets]
+
+
+def _wanted(out: _Out, answers: Sequence[tuple[Ticket, Outcome, float]]) -> list[tuple[Call, Outcome]]:
+  """Takes what came in time, and to the call that is out, not to an earlier one of its uid."""
+  found = []
+  for ticket, outcome, when in answers:
+    tickets, uid = out[ticket.call.tool], ticket.call.uid
+    if tickets.get(uid) is ticket and when <= ticket.deadline:
+      del tickets[uid]
+      found.append((ticket.call, outcome))
+  return found
+
+
+def _over(out: _Out, now: float) -> list[Ticket]:
+  """Takes the calls whose deadline is over."""
+  found = []
+  for tickets in out.values():
+    over = list(itertools.takewhile(lambda t: t.deadline <= now, tickets.values()))
+    for ticket in over:
+      del tickets[ticket.call.uid]
+    found += over
+  return found
+
+
+def _watchdog(watch_seconds: float, lines: Mapping[str, Line], out: _Out) -> Callable[[float], float]:
+  """Returns watch(now), which says who has waited long for what, and returns when to ask it again."""
+  said = {'at': -math.inf}
+
+  def watch(now):
+    due = max(min((t.since for t in _eldest(out)), default=math.inf), said['at']) + watch_seconds
+    if now < due:
+      return due
+    said['at'] = now
+    tickets = sorted((t for of_tool in out.values() for t in of_tool.values()), key=lambda t: t.since)
+    states = '; '.join(lines[tool].state(now) for tool in sorted(out) if out[tool])
+    shown = '; '.join(_in_words(t, now) for t in tickets[:_SHOWN])
+    logging.getLogger(__name__).warning('%d calls are out (%s); the oldest: %s', len(tickets), states, shown)
+    return now + watch_seconds
+  return watch
+
+
+def _in_words(ticket: Ticket, now: float) -> str:
+  """Which trajectory waits for what, since when, and until when."""
+  call = ticket.call
+  *place, purpose = call.uid                                # the key of a node, and what is asked about it
+  where = f'{call.tool} {call.uid!r}'
+  if len(place) >= 4:
+    seed, step, question, *branch = place
+    where = (f'{call.tool}/{purpose} of seed {seed}, step {step}, question {question}, '
+             f'branch {".".join(map(str, branch))}')
+  left = 'no deadline' if ticket.deadline == math.inf else f'{ticket.deadline - now:.1f} s left'
+  return f'{where} ({"running" if ticket.running else "waiting"}, out for {now - ticket.since:.1f} s, {left})'
 
 
 def logprob_service(engine: Engine, tok: Tokenizer) -> Service:

@@ -58,6 +58,12 @@ def batch_ways(mesh: Mesh) -> int:
   return math.prod(mesh.shape[axis] for axis in RULES['batch'])
 
 
+def whole_rows(rows: int, mesh: Mesh) -> int:
+  """Returns the rows of a micro-batch rounded up to a multiple of the mesh's ways: at least one a device."""
+  ways = batch_ways(mesh)
+  return -(-rows // ways) * ways
+
+
 def spec(axes: Sequence[str], shape: Sequence[int], mesh: Mesh) -> P:
   """Returns the partition of an array by its logical axes; a mesh axis serves at most one dimension."""
   used, entries = set(), []
@@ -99,15 +105,25 @@ def local_rows(tree: Any) -> Any:
 
 
 def to_replicated(tree: Any, mesh: Mesh) -> Any:
-  """Returns the tree on every device of `mesh`, this host's own; every host calls it with the same arrays.
+  """Returns the tree on every device of `mesh`, this host's own; every host calls it with the same arrays."""
+  return to_local(tree, replicated(mesh))
 
-  What lies on several hosts is gathered by a collective first: no transfer crosses hosts by itself.
+
+def to_local(tree: Any, shardings: Any) -> Any:
+  """Returns the tree on this host's own devices; every host calls it with the same arrays.
+
+  What lies on several hosts is gathered by a collective first: no transfer crosses hosts by itself.  What lies there
+  already is not copied.
+
+  Args:
+    tree: arrays.
+    shardings: a tree of shardings, or one for all, over devices of this host.
   """
   leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and not x.is_fully_addressable]
   if leaves:
     whole = _gather(leaves[0].sharding.mesh)(tree)
     tree = jax.tree.map(lambda x: x.addressable_data(0), whole)
-  return jax.device_put(tree, replicated(mesh))
+  return jax.device_put(tree, shardings)
 
 
 @functools.lru_cache(maxsize=4)

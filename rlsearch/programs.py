@@ -1,7 +1,7 @@
 """The compiled programs of a stage, and one step's way through them."""
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from rlsearch import logs, optim, parallel, update
 from rlsearch.method import Method
 from rlsearch.models import params as params_lib
 from rlsearch.models.model import Model
-from rlsearch.rollout import pack as pack_lib
+from rlsearch.rollout import layout as layout_lib, pack as pack_lib
 from rlsearch.rollout.pack import Bucket, Packed
 from rlsearch.settings import Update
 from rlsearch.types import Credit, Hypers, Layout, Params, Rewards, Snapshot, TrainState, Trajectories
@@ -53,7 +53,7 @@ def make_programs(model: Model, method: Method, tx: Mapping[str, optim.Group], s
                        out_shardings=whole) if needs_forward else None,
       credit=jax.jit(method.credit, out_shardings=whole),
       zeros=update.zeros(model, metrics, shard),
-      accumulate=jax.jit(update.accumulate(model, method.objective, options.microbatch_rows, mesh),
+      accumulate=jax.jit(update.accumulate(model, method.objective, parallel.whole_rows(options.microbatch_rows, mesh), mesh),
                          in_shardings=(shard.state, sums, whole, shard.replicated), out_shardings=sums,
                          donate_argnums=1),
       apply=jax.jit(update.apply(tx), in_shardings=(shard.state, sums, shard.replicated),
@@ -75,9 +75,9 @@ def _metric_names(model: Model, method: Method) -> Mapping[str, Any]:
 
 
 def blocks_of(lengths: np.ndarray, members: np.ndarray, buckets: Sequence[Bucket]) -> list[tuple[Bucket, np.ndarray]]:
-  """Returns this host's rows in blocks whose number and shapes are the same on every host.
+  """Returns this host's sequences in blocks whose number and shapes are the same on every host.
 
-  Every host sorts its rows by length; the longest at each place decides the bucket.
+  Every host sorts its sequences by length; the longest at each place decides the bucket.
   """
   hosts = jax.process_count()
   own = members[np.argsort(-lengths[members], kind='stable')]
@@ -110,7 +110,7 @@ def update_step(program: Programs, state: TrainState, packed: Packed, rewards: R
   shard, traj = program.shard, packed.traj
   hypers = jax.device_put({k: np.float32(v) for k, v in hypers.items()}, shard.replicated)
   everyone = np.flatnonzero(packed.lengths > 0)
-  snap, real, padding = Snapshot(traj.behaviour_logp, traj.behaviour_logp, np.zeros_like(traj.behaviour_logp)), 0, 0
+  snap, real, cells = Snapshot(traj.behaviour_logp, traj.behaviour_logp, np.zeros_like(traj.behaviour_logp)), 0, 0
   if program.snapshot is not None:
     snap = _take_snapshot(program, state, packed, buckets, everyone, hypers)
   traj_all, snap_all = parallel.to_global((traj, snap), shard.rows)
@@ -122,27 +122,41 @@ def update_step(program: Programs, state: TrainState, packed: Packed, rewards: R
     signal = bool(parallel.largest((len(kept),))[0])
     members = kept if signal else members[:1]        # without a row with signal, one is measured and nothing learned
     sums = program.zeros()
-    for bucket, rows in blocks_of(packed.lengths, members, buckets):
-      host_rows = bucket._replace(rows=bucket.rows // jax.process_count())
-      piece = pack_lib.take(traj, host_rows, rows)
-      block = Block(piece, _layout(piece), *(pack_lib.take(x, host_rows, rows) for x in (cred, snap)))
+    for piece in pieces_of(packed, members, buckets, program.options):
+      block = Block(piece.traj, piece.layout, *(pack_lib.take(x, piece.shape, piece.members) for x in (cred, snap)))
       block = parallel.to_global(block, shard.rows)
       sums = program.settle(program.accumulate(state, sums, block, hypers))
-      real, padding = real + int(packed.lengths[rows].sum()), padding + host_rows.rows * host_rows.length
+      real, cells = real + piece.tokens, cells + piece.layout.tokens.size
     if signal:
       state, metrics = program.settle(program.apply(state, sums, hypers))
     else:
       metrics = {'loss': sums.loss, **sums.metrics}
     done.append(metrics)
-  means = {**logs.means(done), 'update/padding_share': 1 - real / max(1, padding),
+  means = {**logs.means(done), 'update/padding_share': 1 - real / max(1, cells), 'update/physical_tokens': real,
            'update/optimizer_steps': sum('skipped' in m for m in done),
            'update/rows_dropped': int(np.sum(~useful[everyone])), 'cost/trained_tokens': _trained(packed, useful)}
   return state, cred.advantage, means
 
 
-def _layout(piece: Trajectories) -> Layout:
-  """The layout of this host's rows of a block; every host has as many."""
-  return pack_lib.identity_layout(piece, jax.process_index() * piece.tokens.shape[0])
+class Piece(NamedTuple):
+  """This host's part of a block."""
+  members: np.ndarray      # i32[B] numbers of its rows, -1 for padding rows
+  shape: Bucket            # B and T
+  traj: Trajectories
+  layout: Layout
+  tokens: int              # distinct tokens that are laid out
+
+
+def pieces_of(packed: Packed, members: np.ndarray, buckets: Sequence[Bucket], options: Update) -> Iterator[Piece]:
+  """Yields the blocks of the rows `members`, this host's part of each."""
+  longest = max(b.length for b in buckets)
+  laid = (layout_lib.flat(packed, members) if options.layout == 'flat' else
+          layout_lib.shared(packed, members, longest, options.sequence_rows))
+  for bucket, chosen in blocks_of(laid.lengths, np.arange(len(laid.rows)), buckets):
+    own = bucket._replace(rows=bucket.rows // jax.process_count())
+    numbers, layout = layout_lib.lay(packed, [laid.rows[i] for i in chosen], own, options.sequence_rows)
+    shape = Bucket(*layout.gather.shape)
+    yield Piece(numbers, shape, pack_lib.take(packed.traj, shape, numbers), layout, int(laid.lengths[chosen].sum()))
 
 
 def _trained(packed: Packed, useful: np.ndarray) -> float:
@@ -158,12 +172,11 @@ def _take_snapshot(program, state, packed, buckets, members, hypers) -> Snapshot
   """One forward pass over every row; the old log-probabilities are the sampler's where the config says so."""
   traj = packed.traj
   out = [np.zeros(traj.tokens.shape, np.float32) for _ in range(3)]
-  for bucket, rows in blocks_of(packed.lengths, members, buckets):
-    host_rows = bucket._replace(rows=bucket.rows // jax.process_count())
-    layout = parallel.to_global(_layout(pack_lib.take(traj, host_rows, rows)), program.shard.rows)
+  for piece in pieces_of(packed, members, buckets, program.options):
+    layout, rows = parallel.to_global(piece.layout, program.shard.rows), piece.members >= 0
     found = parallel.local_rows(program.settle(program.snapshot(state, layout, hypers['temperature'])))
     for whole, part in zip(out, found, strict=True):
-      whole[rows, :bucket.length] = part[:len(rows)]
+      whole[piece.members[rows], :piece.shape.length] = part[rows]
   valid = traj.valid.astype(np.float32)
   logp, ref, value = (x * valid for x in out)
   if program.options.old_logp == 'sampler':

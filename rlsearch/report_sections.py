@@ -80,7 +80,7 @@ def by_kind(data: Recorded) -> str:
 
 
 def _ending_shares(data: Recorded) -> list[Curve]:
-  """What per cent of a step's episodes ended for each cause."""
+  """What per cent of the leaves of a step's trees ended for each cause."""
   found = [n[len(_ENDED):] for n in names(data) if n.startswith(_ENDED)]
   causes = [c for c in _END_COLORS if c in found] + [c for c in found if c not in _END_COLORS][:6]
   points: dict[str, dict] = {c: {} for c in causes}
@@ -113,7 +113,7 @@ def behaviour(data: Recorded) -> str:
       both('Searches per question', 'searches'), both('Turns per question', 'turns'),
       report_plots.lines('Length', stages, lengths, 'tokens per episode'),
       report_plots.lines('Invalid actions and dropped rows', stages, losses, 'per step'),
-      report_plots.stack('How episodes end', stages, _ending_shares(data), '% of episodes', 100)])
+      report_plots.stack('How episodes end', stages, _ending_shares(data), '% of leaves', 100)])
 
 
 def update(data: Recorded) -> str:

@@ -121,6 +121,10 @@ def own(config: Mapping[str, Any], engine: Engine, tok: Tokenizer, model: ModelC
   found = {'logprob': outside.logprob_service(engine, tok)}
   stage = config['reward_module']['stage']
   if stage:
+    entry = config['engine']
+    if not {'rows', 'contexts'} <= set(entry):
+      raise ValueError(f'config.engine.name={entry["name"]!r}: a reward module is read here, in the shapes '
+                       'config.engine.rows and contexts, which this engine does not have')
     folders = sorted((f for f in (workdir / stage).glob('reward-*') if re.fullmatch(r'reward-\d+', f.name)),
                      key=lambda f: int(f.name.split('-')[1]))                 # a kill leaves others half-written
     if not folders:
@@ -128,6 +132,6 @@ def own(config: Mapping[str, Any], engine: Engine, tok: Tokenizer, model: ModelC
     specs = {'head': heads.reward_head_specs(model), 'trunk': params_lib.transformer_specs(model)}
     everywhere = jax.tree.map(lambda p: parallel.replicated(mesh), specs, is_leaf=params_lib.is_param)
     module = checkpoint.load_params(folders[-1], everywhere, specs)
-    read = scoring.reader(scoring.last_score(model), mesh, config['engine']['rows'], config['engine']['contexts'])
+    read = scoring.reader(scoring.last_score(model), mesh, entry['rows'], entry['contexts'])
     found['reward_module'] = outside.score_service(lambda paths, own: read(module, paths, own))
   return found

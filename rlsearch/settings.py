@@ -6,19 +6,19 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from rlsearch import method as method_lib, optim, parallel, services
+from rlsearch import method as method_lib, optim, outside, parallel, services
 from rlsearch.evaluate import MODES, Evals
 from rlsearch.envs import environments
 from rlsearch.models import model as models
 from rlsearch.models.model import Model
-from rlsearch.rollout import pack as pack_lib
+from rlsearch.rollout import layout as layout_lib, pack as pack_lib
 from rlsearch.rollout.pack import Bucket
 from rlsearch.rollout.render import Length
 
 # Sections of a stage's config, each read by the code named behind it.
 SECTIONS = {
-    'seed': 'train', 'steps': 'train', 'mesh': 'parallel.make_mesh', 'model': 'models.model.get', 'data': 'train',
-    'retriever': 'services.retriever', 'judge': 'services.judge', 'reward_module': 'settings.RewardModule', 'tools': 'outside.make', 'engine': 'engines', 'length': 'settings.lengths',
+    'seed': 'train', 'steps': 'train', 'mesh': 'parallel.make_mesh', 'sampler_mesh': 'parallel.make_mesh', 'model': 'models.model.get', 'data': 'train',
+    'retriever': 'services.retriever', 'judge': 'services.judge', 'reward_module': 'settings.RewardModule', 'tools': 'outside.Limits', 'engine': 'engines', 'length': 'settings.lengths',
     'protocol': 'protocols', 'sampling': 'sampling', 'rewards': 'rewards', 'combine': 'rewards.combine',
     'credit': 'credit', 'objective': 'objectives', 'schedule': 'schedules', 'optimizer': 'optim',
     'updates': 'settings.Update', 'train_roles': 'rollout.pack', 'evals': 'evaluate.Evals',
@@ -32,16 +32,26 @@ class Update(NamedTuple):
   Attributes:
     minibatches: optimizer steps per epoch; the step's questions are divided among them.
     epochs: passes over the step's rows.
-    microbatch_rows: rows of one forward and backward pass.
+    microbatch_rows: physical sequences of one forward and backward pass; a row is one where the layout is flat.
     drop_zero_credit: leave rows without any advantage out of the update (DAPO's dropping of groups without signal,
       Yu et al. 2025, Sec. 3.2, but without the refill); their mean is then over the rows that are left.
-    old_logp: 'trainer' computes the old log-probabilities anew, 'sampler' takes the sampler's.
+    old_logp: 'trainer' computes the old log-probabilities anew, 'sampler' takes the sampler's: the ratio of a surrogate
+      is then that to the policy that sampled, and corrects for what lies between the two (see objectives.mismatch).
+    layout: 'flat': each row is a sequence.  'shared': what the rows of a prompt have in common is computed once, and short
+      rows share a sequence; the numbers are those of 'flat' to rounding.
+    sequence_rows: the most rows that a sequence holds; 1 where the layout is flat.
+    off_policy_steps: 0: a step's rows are sampled by the policy that it updates.  1: they were sampled while the step
+      before was computed, by the policy that it started from and with the scalars of a schedule that had not seen its
+      summary yet.  The first step after a start or a restart is as with 0: no rollout is in a checkpoint.
   """
   minibatches: int
   epochs: int
   microbatch_rows: int
   drop_zero_credit: bool
   old_logp: str
+  off_policy_steps: int = 0
+  layout: str = 'flat'
+  sequence_rows: int = 1
 
 
 class Checkpoint(NamedTuple):
@@ -178,9 +188,8 @@ def check(config: Mapping[str, Any]) -> None:
     if name not in ('first_position', 'questions_per_step', 'source'):
       raise ValueError(f'config.data.{name}={config["data"][name]!r}: nothing reads this entry; known: first_position, '
                        'questions_per_step, source')
-  for name in config['tools']:
-    if name != 'deadline_seconds':
-      raise ValueError(f'config.tools.{name}={config["tools"][name]!r}: nothing reads this entry; known: deadline_seconds')
+  judged = config['judge'].get('name') != 'none'
+  outside.check(section('tools', outside.Limits, config['tools']), ('search', 'judge') if judged else ('search',))
   positive = {'steps': config['steps'], 'data.questions_per_step': config['data']['questions_per_step'],
               'retriever.topk': config['retriever'].get('topk', 0)}
   if not isinstance(config['seed'], int) or not 0 <= config['seed'] < 1 << 30:
@@ -199,6 +208,10 @@ def check(config: Mapping[str, Any]) -> None:
   step = section('updates', Update, config['updates'])
   if min(step.minibatches, step.epochs, step.microbatch_rows) < 1:
     raise ValueError(f'config.updates={dict(config["updates"])}: wants positive numbers')
+  if step.layout not in layout_lib.LAYOUTS:
+    raise ValueError(f'config.updates.layout={step.layout!r}; known: {list(layout_lib.LAYOUTS)}')
+  if step.sequence_rows < 1 or step.layout == 'flat' and step.sequence_rows > 1:
+    raise ValueError(f'config.updates.sequence_rows={step.sequence_rows}: wants a positive number, 1 where layout=flat')
   if step.minibatches > config['data']['questions_per_step']:
     raise ValueError(f'config.updates.minibatches={step.minibatches}: more than config.data.questions_per_step='
                      f'{config["data"]["questions_per_step"]}')
@@ -216,7 +229,7 @@ def check(config: Mapping[str, Any]) -> None:
 
 
 def lengths(config: Mapping[str, Any], mesh: Mesh) -> tuple[Length, tuple[Bucket, ...]]:
-  """Returns the budgets and the declared buckets.
+  """Returns the budgets and the declared buckets, their rows rounded up to micro-batches of this mesh.
 
   Raises:
     ValueError: impossible budgets, or buckets that cannot hold a row.
@@ -228,11 +241,13 @@ def lengths(config: Mapping[str, Any], mesh: Mesh) -> tuple[Length, tuple[Bucket
   length = section('length', Length, entries)
   if min(length) < 1 or length.prompt >= length.total:
     raise ValueError(f'config.length={entries}: wants positive budgets, prompt below total')
-  pack_lib.check_buckets(buckets, config['updates']['microbatch_rows'], parallel.batch_ways(mesh))
+  pack_lib.check_buckets(buckets, config['updates']['microbatch_rows'])
+  whole = parallel.whole_rows(config['updates']['microbatch_rows'], mesh)
+  buckets = tuple(b._replace(rows=-(-b.rows // whole) * whole) for b in buckets)
   if max(b.length for b in buckets) < length.total:
     raise ValueError(f'config.length.total={length.total}: no bucket is that long; buckets={list(map(tuple, buckets))}')
   engine = config['engine']
-  if max(engine['contexts']) < length.total:
+  if 'contexts' in engine and max(engine['contexts']) < length.total:      # an engine elsewhere has none
     raise ValueError(f'config.engine.contexts={list(engine["contexts"])}: none holds config.length.total={length.total}')
   if engine['max_new_tokens'] < length.turn:
     raise ValueError(f'config.engine.max_new_tokens={engine["max_new_tokens"]}: below config.length.turn={length.turn}')

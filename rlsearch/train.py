@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from absl import app, flags, logging
 from etils import epath
 import jax
+import jax.numpy as jnp
 from ml_collections import config_flags
 
 from rlsearch import (checkpoint, engines, evaluate as evaluate_lib, logs, method as method_lib, outside, parallel,
@@ -21,7 +22,7 @@ from rlsearch.checkpoint import Run
 from rlsearch.evaluate import Evals
 from rlsearch.models import model as models, params as params_lib
 from rlsearch.programs import assert_one_trace_a_bucket, make_programs, update_step, used_rows
-from rlsearch.rollout import grow as grow_lib, pack as pack_lib, render as render_lib, score as score_lib
+from rlsearch.rollout import ahead, grow as grow_lib, pack as pack_lib, render as render_lib, score as score_lib
 from rlsearch.rollout import trees as trees_lib
 from rlsearch.sampling import forest as forest_lib
 from rlsearch.services import Shared
@@ -71,10 +72,11 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
   if first > config['steps']:
     raise ValueError(f'stage {name!r}: steps={config["steps"]}, but {folder} holds a run of {first} steps')
 
-  sampler = parallel.make_mesh({'data': -1}, jax.local_devices())
+  sampler = parallel.make_mesh(config['sampler_mesh'], jax.local_devices())
+  to_sampler = lambda params: parallel.to_local(params, params_lib.shardings(trunk, sampler))
   engine  = method_lib.resolve('engine', engines, config['engine'], model, shared.tok, method.protocol.stops, sampler)
   own     = services.own(config, engine, shared.tok, model.config, folder.parent, sampler)
-  tools   = outside.make(shared.services, config['tools']['deadline_seconds'], own=own)
+  tools   = outside.make(shared.services, **config['tools'], own=own)
   render  = render_lib.Render(method.protocol, shared.tok, length, config['retriever']['topk'])
   env     = services.environment(config)
   render_lib.check_prompts(render, env.train, env.splits)
@@ -86,24 +88,37 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
   evaluate = evaluate_lib.make_evaluation(evals, shared.tok, env.splits, render, engine, tools, seed, config['steps'],
                                           writer, bar.say)
 
+  # Host: questions -> forest -> episodes -> rewards.
+  def sample(step, position, hypers, part):
+    with part('rollout'):
+      grown = grow(parallel.own(position), parallel.share(config['data']['questions_per_step']), (seed, step), hypers, stop)
+    if stop():
+      return ahead.Rollout(hypers, grown)
+    with part('score'):
+      rows     = method.sampling.rows(grown.forest)
+      episodes = [forest_lib.episode(grown.forest, row, (seed, step)) for row in rows]
+      scored   = score_lib.score_rows(method.rewards, episodes, grown.outcomes, tools, render.protocol.max_turns)
+    return ahead.Rollout(hypers, grown, rows, episodes, scored, engine.counts())
+
+  rollouts = ahead.make(sample)
+  beside   = program.options.off_policy_steps > 0             # a step's rollout runs beside the update of the one before
+
   for step in range(first, config['steps']):
-    hypers = method.schedule.hypers(step, run.memory)
+    with clock.part('rollout'):
+      rollouts.wait()                                         # until then the engine keeps the parameters it has
     with clock.part('sync'):
-      engine.set_params(parallel.to_replicated(program.policy(run.state), sampler), step)
+      params = to_sampler(program.policy(run.state))
+      # Beside an update the sampler wants a copy: an update gives the memory of its parameters away.
+      engine.set_params(jax.block_until_ready(jax.tree.map(jnp.copy, params)) if beside else params, step)
     with clock.part('eval'):
       evaluate(step, stop)
       held_out = engine.counts()                              # apart: training is compared by its own costs
 
-    # Host: questions -> forest -> episodes -> rewards.
-    with clock.part('rollout'):
-      grown = grow(parallel.own(run.position), parallel.share(config['data']['questions_per_step']), (seed, step),
-                   hypers, stop)
+    hypers, grown, rows, episodes, scored, counts = rollouts.take(
+        step, run.position, method.schedule.hypers(step, run.memory), clock.part)
     if parallel.any_host(stop()):
       break                                                   # `run` is as the last whole step left it
     with clock.part('score'):
-      rows     = method.sampling.rows(grown.forest)
-      episodes = [forest_lib.episode(grown.forest, row, (seed, step)) for row in rows]
-      scored   = score_lib.score_rows(method.rewards, episodes, grown.outcomes, tools, render.protocol.max_turns)
       metrics, failed = {}, None
       try:
         metrics = logs.rollout_metrics(grown.forest, episodes, scored, grown.outcomes, config['max_failed_share'])
@@ -113,8 +128,11 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
         saved.save(run)                                       # the steps before this one are not lost with it
         saved.wait()
         raise failed or RuntimeError('another host could not score too many of its rows; its message says why')
+    position = parallel.largest((grown.cursor.position - jax.process_index(),))[0]
+    if beside and step + 1 < config['steps']:
+      rollouts.begin(step + 1, position, method.schedule.hypers(step + 1, run.memory))
     with clock.part('pack'):
-      packed   = pack_lib.pack_step(grown.forest, rows, scored.scored, buckets, render.protocol.max_turns,
+      packed   = pack_lib.pack_step(grown.forest, rows, scored.scored, length.total, render.protocol.max_turns,
                                     config['train_roles'], parallel.batch_ways(mesh))
       rewards  = pack_lib.rewards(scored, hypers, *packed.traj.turn_valid.shape)
 
@@ -122,10 +140,10 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
     with clock.part('update'):
       state, advantage, sums = update_step(program, run.state, packed, rewards, buckets, hypers, (seed, step))
 
-    run = Run(state.replace(step=state.step + 1), run.memory, parallel.largest((grown.cursor.position - jax.process_index(),))[0])
+    run = Run(state.replace(step=state.step + 1), run.memory, position)
     used = used_rows(advantage[:len(rows)], program.options)
-    summary = {**metrics, **sums, 'cost/distinct_tokens': pack_lib.distinct_tokens(grown.forest, rows, used),
-               'cost/update_tokens': int(packed.lengths[:len(rows)][used].sum()), **{f'cost/{k}': v for k, v in engine.counts().items()},
+    summary = {**metrics, **logs.staleness(episodes, step), **sums, 'cost/distinct_tokens': pack_lib.distinct_tokens(grown.forest, rows, used),
+               'cost/update_tokens': int(packed.lengths[:len(rows)][used].sum()), **{f'cost/{k}': v for k, v in counts.items()},
                **{f'cost/eval_{k}': v for k, v in held_out.items()},
                **{f'hyper/{k}': v for k, v in hypers.items()}, 'rollout/forest_tokens': int(packed.lengths.sum())}
     run = run._replace(memory=method.schedule.update(run.memory, summary))
@@ -147,7 +165,7 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
   saved.wait()
   assert_one_trace_a_bucket(program, buckets)
   if finished:
-    engine.set_params(parallel.to_replicated(program.policy(run.state), sampler), config['steps'])
+    engine.set_params(to_sampler(program.policy(run.state)), config['steps'])
     evaluate(config['steps'], stop)
     finished = not parallel.any_host(stop())                  # else the evaluation may be cut short
   if finished:
@@ -215,6 +233,7 @@ def main(argv: list[str]) -> None:
   if _CPU_DEVICES.value:
     jax.config.update('jax_num_cpu_devices', _CPU_DEVICES.value)
   runs.use_compilation_cache()
+  runs.keep_freed_memory()
   try:
     finished = run_stages(_CONFIG.value, epath.Path(_WORKDIR.value), _OVERWRITE.value, _UNTIL.value)
   except (ValueError, RuntimeError, FloatingPointError) as error:

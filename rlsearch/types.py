@@ -249,13 +249,13 @@ class TrainState:
 
 @flax.struct.dataclass
 class Layout:
-  """How logical rows lie in physical sequences."""
+  """How logical rows lie in physical sequences.  Query i of a sequence sees key j where j <= i < until[j]."""
   tokens: jax.Array      # i32[P, S]
-  positions: jax.Array   # i32[P, S]
-  segment: jax.Array     # i32[P, S]  0 is padding
-  parent: jax.Array      # i32[P, S]  segment that a segment continues; 0 none
-  gather: jax.Array      # i32[B, T]  flat index into P*S of each logical token's output
-  own: jax.Array         # bool[P, S] the agent's turns hold the token: chosen by the policy or forced
+  positions: jax.Array   # i32[P, S]  along the token's path
+  previous: jax.Array    # i32[P, S]  index in the sequence of the token before it on its path; -1 none
+  until: jax.Array       # i32[P, S]  from this index on, nothing continues the token; j + 1 in padding
+  gather: jax.Array      # i32[B, T]  where each logical token is in its sequence; row b lies in sequence b // (B / P)
+  own: jax.Array         # bool[B, T] the agent's turns hold the token: chosen by the policy or forced
 
 
 ## The six slots.

@@ -19,7 +19,7 @@ from rlsearch.types import (Credit, Hypers, Layout, ObjectiveFn, Params, Snapsho
 
 @flax.struct.dataclass
 class Block:
-  """Rows of one bucket, and what the update knows about them.  First axis of every array: rows (or sequences)."""
+  """Rows of one bucket, and what the update knows about them.  First axis of every array: rows, of the layout's sequences."""
   traj: Trajectories
   layout: Layout
   credit: Credit
@@ -100,36 +100,26 @@ def losses(model: Model, objective: ObjectiveFn):
 
 
 def accumulate(model: Model, objective: ObjectiveFn, microbatch_rows: int, mesh: Mesh):
-  """Returns (state, sums, block, hypers) -> sums with the block's added, `microbatch_rows` rows at a time.
+  """Returns (state, sums, block, hypers) -> sums with the block's added, `microbatch_rows` sequences at a time.
+
+  A sequence's rows lie together, so a division of the sequences divides the rows.
 
   Gradients of totals add up exactly as one large batch would give: the weights are divided out once, in `apply`.
   """
   grad = jax.value_and_grad(losses(model, objective), has_aux=True)
   by_rows = NamedSharding(mesh, P(None, parallel.RULES['batch']))
 
-  def split(x):
-    # The reshape would lose the sharding of the rows; the constraint restores it.
-    x = x.reshape((-1, microbatch_rows) + x.shape[1:])
-    return jax.lax.with_sharding_constraint(x, by_rows)
-
   def step(state: TrainState, sums: Sums, block: Block, hypers: Hypers) -> Sums:
-    pieces = jax.tree.map(split, block.replace(layout=_local_gather(block.layout, microbatch_rows)))
+    num = block.layout.tokens.shape[0] // microbatch_rows
+    def split(x):
+      # The reshape would lose the sharding of the rows; the constraint restores it.
+      return jax.lax.with_sharding_constraint(x.reshape((num, x.shape[0] // num) + x.shape[1:]), by_rows)
+    pieces = jax.tree.map(split, block)
     def body(sums, piece):
       (_, (loss, metrics)), grads = grad(state.trainable, state.frozen, piece, hypers)
       return jax.tree.map(jnp.add, sums, Sums(grads, loss, metrics)), None
     return jax.lax.scan(body, sums, pieces)[0]
   return step
-
-
-def _local_gather(layout: Layout, rows: int) -> Layout:
-  """The gather of rows split into micro-batches: indices into a micro-batch's own sequences.
-
-  pack lets no row's index cross a micro-batch, so subtracting the first sequence of each is all there is to do.
-  """
-  sequences, length = layout.tokens.shape
-  per_row = sequences // layout.gather.shape[0] if layout.gather.shape[0] else 1
-  first = (jnp.arange(layout.gather.shape[0]) // rows) * rows * per_row * length
-  return layout.replace(gather=layout.gather - first[:, None])
 
 
 def apply(optimizers: Mapping[str, optim.Group]):

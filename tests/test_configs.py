@@ -51,7 +51,7 @@ class TestEveryScale:
     for stage in settings.stages(config(name, scale)).values():
       mesh = parallel.make_mesh(stage['mesh'], jax.devices()[:num_devices])
       length, buckets = settings.lengths(stage, mesh)
-      assert all(b.rows % num_devices == 0 and b.length <= length.total for b in buckets)
+      assert all(b.rows % num_devices == 0 for b in buckets) and max(b.length for b in buckets) >= length.total
 
   def test_all_stages_have_one_seed(self, name, scale):
     changed = {**config(name, scale), 'seed': 7}
@@ -117,6 +117,11 @@ class TestTools:
       'config.judge (http).max_prompts: missing'),
       ('slate', {'judge': dict(name='http', url='http://x', timeout_seconds=1.0, retries=-1, max_prompts=1)},
        'config.judge: timeout_seconds=1.0, retries=-1, max_prompts=1; wants positive numbers, retries 0 or more'),
+      ('slate', {'tools.worker': 2}, "config.tools.worker=2: unknown entry; known: ["),
+      ('slate', {'tools.per_tool': {'read': dict(workers=2)}},
+       "config.tools.per_tool.read: no such service; known: ['judge', 'search']"),
+      ('igpo', {'tools.per_tool': {'judge': dict(workers=2)}, 'judge': dict(name='none')},
+       "config.tools.per_tool.judge: no such service; known: ['search']"),
       ('slate', {'sampling.scored_by': ('think', 'thought')},
        "config.sampling.scored_by: 'thought' is no reward term; known: ['answer', 'early', 'query', 'think']"),
       ('slate', {'credit': dict(name='group_relative', normalize_std=True)},

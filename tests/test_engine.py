@@ -210,9 +210,9 @@ class TestSimple:
   def test_one_program_per_bucket(self, monkeypatch):
     traced = []
     real = decode.sample_turn
-    def counting(config, num_new, num_tokens, eos_id, params, tokens, *rest):
+    def counting(config, num_new, num_tokens, eos_id, params, tokens, *rest, **more):
       traced.append(tokens.shape)
-      return real(config, num_new, num_tokens, eos_id, params, tokens, *rest)
+      return real(config, num_new, num_tokens, eos_id, params, tokens, *rest, **more)
     monkeypatch.setattr(decode, 'sample_turn', counting)
     made = engine(one_device())
     for seed, longest in enumerate((8, 16, 5, 16)):           # many lengths, temperatures, numbers of requests

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 
 import fakes
-from rlsearch import logs
+from rlsearch import logs, rewards, sampling
+from rlsearch.rollout import grow as grow_lib, score as score_lib
 from rlsearch.rollout.score import Scored
-from rlsearch.types import ENDS, FAILED_SERVICE, OK, TIMEOUT, Outcome, WeightedSum
+from rlsearch.sampling import forest as forest_lib
+from rlsearch.types import (ENDS, FAILED_SERVICE, NOT_CONTINUED, OK, TIMEOUT, TOKEN_BUDGET, Cursor, Node, Outcome, Tree,
+                            WeightedSum)
 
 
 class TestFinite:
@@ -107,12 +110,14 @@ class TestRolloutMetrics:
     alive = np.array([e != FAILED_SERVICE for e in ends])
     given = np.tile([[False, True]], (len(ends), 1)) & alive[:, None]
     values = np.where(given, np.arange(len(ends), dtype=np.float32)[:, None], 0)
-    return logs.rollout_metrics({0: None}, episodes, Scored({'em': values}, {'em': given}, alive, outcomes or {}),
+    nodes = (Node((0,), -1), *(Node((0, i), 0, e.turns[-1], ended=e.ended) for i, e in enumerate(episodes)))
+    forest = {0: Tree(episodes[0].question, (episodes[0].prompt_ids,), 2, nodes)}
+    return logs.rollout_metrics(forest, episodes, Scored({'em': values}, {'em': given}, alive, outcomes or {}),
                                 outcomes or {}, max_failed_share)
 
   def test_causes_add_up_and_rewards_are_of_the_scored(self):
     found = self.metrics(['answered', 'turn limit', FAILED_SERVICE, 'answered'])
-    assert sum(found[f'rollout/ended/{e}'] for e in ENDS) == found['rollout/rows'] == 4
+    assert sum(found[f'rollout/ended/{e}'] for e in ENDS) == found['rollout/leaves'] == found['rollout/rows'] == 4
     assert found['rollout/ended/answered'] == 2 and found['rollout/rows_dropped'] == 1
     assert found['reward/em'] == pytest.approx((0 + 1 + 3) / 3)
     assert found['rollout/turns'] == 2 and found['rollout/searches'] == 1
@@ -128,6 +133,94 @@ class TestRolloutMetrics:
     outcomes = {(0, 'action'): Outcome(OK, seconds=0.5), (0, 'judge'): Outcome(OK, seconds=0.25, cost=7)}
     found = self.metrics(['answered'], outcomes)
     assert (found['cost/retrievals'], found['cost/judge_tokens'], found['time/search']) == (1, 7, 0.75)
+
+
+JUDGED = ('think', 'query', 'answer')
+PLANS = {
+    'independent': (lambda: sampling.independent(num_samples=4), {}),
+    'demonstrations': (sampling.demonstrations, {}),
+    'shared prefix': (lambda: sampling.shared_prefix(
+        num_candidates=3, select_temperature=0.7, select_normalize_std=True, scored_by=JUDGED),
+        {name: getattr(rewards, f'judge_{long}')() for name, long in zip(JUDGED, ('thinking', 'query', 'answer'))}),
+    'shared prefix, no forced answer': (lambda: sampling.shared_prefix(
+        num_candidates=2, select_temperature=0.0, select_normalize_std=False, scored_by=JUDGED, force_answer=False),
+        {name: getattr(rewards, f'judge_{long}')() for name, long in zip(JUDGED, ('thinking', 'query', 'answer'))})}
+TURNS = ('<think>t</think><search>q</search>', '<search>p</search>', '<think>u</think><answer>a</answer>', 'neither', 'x' * 90)
+
+
+class TestCausesOfEnding:
+  """Every leaf once, whatever rows its plan makes of it, and whatever fails."""
+
+  @staticmethod
+  def step(plan, seed, failing, **budgets):
+    """Grows and scores a step; a share `failing` of the searches and of the judgements fails."""
+    make, terms = PLANS[plan]
+    fails = lambda call: fakes.number(call.uid, seed, 'f') % 100 < 100 * failing
+    def serve(call):
+      if fails(call):
+        return Outcome((TIMEOUT, 'malformed')[seed % 2])
+      return Outcome(OK, fakes.number(call.uid, seed) % 3 - 1) if call.tool == 'judge' else fakes.found('text ' * 8)
+    def say(request):
+      text = TURNS[fakes.number(request.uid, seed) % len(TURNS)]
+      return 'F</answer>' if len(request.forced_ids) else (text, len(text) < 60)
+    tools, rng, key = fakes.tools(serve), np.random.default_rng(seed), (seed, 1)
+    shown = [fakes.question(i, demonstration=[TURNS[j] for j in rng.integers(0, 4, 1 + i)]) for i in range(4)]
+    hypers = {'temperature': 1.0, **{f'weight/{name}': 1.0 for name in terms}}
+    grow = grow_lib.make_grow(make(), terms, fakes.source(shown), fakes.render(**budgets), fakes.engine(say, rng), tools)
+    grown = grow(Cursor(0, 1), 6, key, hypers, lambda: False)
+    episodes = [forest_lib.episode(grown.forest, row, key) for row in make().rows(grown.forest)]
+    scored = score_lib.score_rows(terms, episodes, grown.outcomes, tools, 4)
+    return grown.forest, logs.rollout_metrics(grown.forest, episodes, scored, grown.outcomes, 1.0)
+
+  @pytest.mark.parametrize('plan', sorted(PLANS))
+  @pytest.mark.parametrize('failing', [0.0, 0.3, 1.0])
+  def test_sum_is_the_number_of_leaves(self, plan, failing):
+    seen = set()
+    for seed in range(8):
+      budgets = ({}, dict(observation=20), dict(prompt=30, total=110), dict(max_searches=1))[seed % 4]
+      forest, found = self.step(plan, seed, failing, **budgets)
+      counted = dict.fromkeys(ENDS, 0)
+      for tree in forest.values():                                         # one by one, by hand
+        for i, node in enumerate(tree.nodes):
+          if all(other.parent != i for other in tree.nodes) and (node.turn is not None or node.ended):
+            counted[node.ended] += 1
+      assert {e: found[f'rollout/ended/{e}'] for e in ENDS} == counted
+      assert sum(counted.values()) == found['rollout/leaves'] > 0
+      if not plan.startswith('shared'):
+        assert found['rollout/leaves'] == found['rollout/rows']
+      seen |= {e for e in ENDS if counted[e]}
+    assert (FAILED_SERVICE in seen) == (failing > 0 and not (plan.startswith('shared') and failing == 1))
+    assert len(seen) >= 3 or failing == 1
+
+  def test_rows_that_are_no_leaves_and_leaves_in_no_row_do_not_count_otherwise(self):
+    # All judgements fail: nobody goes on, and the rows are candidates; two rows may hold one turn, never one leaf.
+    forest, found = self.step('shared prefix', 0, 1.0)
+    assert found['rollout/leaves'] == 6 * 3 and found['rollout/rows_dropped'] > 0
+    assert found[f'rollout/ended/{NOT_CONTINUED}'] + found['rollout/ended/answered'] == 6 * 3
+
+  def test_a_prompt_that_leaves_no_room_for_a_turn_is_a_leaf(self):
+    # A demonstration of 50 tokens behind a prompt of 22 does not fit into 40.
+    source = fakes.source([fakes.question(demonstration=('<answer>' + 'x' * 50 + '</answer>',))])
+    grow = grow_lib.make_grow(sampling.demonstrations(), {}, source, fakes.render(total=40, prompt=30),
+                              fakes.engine(None), fakes.tools(None))
+    forest = grow(Cursor(0, 1), 2, (0, 0), {'temperature': 1.0}, lambda: False).forest
+    assert forest_lib.causes(forest) == {**dict.fromkeys(ENDS, 0), TOKEN_BUDGET: 2}
+
+
+class TestStaleness:
+
+  def test_by_hand(self):
+    # Versions 3 and 4 against 5; the forced turn has none; the turn that two rows hold counts once.
+    first, other, forced = fakes.turn('a')._replace(policy_version=3), fakes.turn('b')._replace(policy_version=4), fakes.turn(
+        '', forced='c')._replace(policy_version=-1)
+    one, two = fakes.episode(first, other), fakes.episode(first, forced)
+    two = two._replace(keys=(one.keys[0], (0, 0, 0, 0, 0, 7)))
+    assert logs.staleness([one, two], 5) == {'rollout/staleness': 1.5, 'rollout/staleness_max': 2.0}
+
+  def test_nothing_sampled_is_not_stale(self):
+    forced = fakes.turn('', forced='c')._replace(policy_version=-1)
+    for episodes in ([], [fakes.episode(forced)]):
+      assert logs.staleness(episodes, 5) == {'rollout/staleness': 0.0, 'rollout/staleness_max': 0.0}
 
 
 class TestMeans:

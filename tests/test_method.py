@@ -20,7 +20,7 @@ CONFIG = dict(
     credit=dict(name='group_relative', normalize_std=True),
     objective=dict(name='clipped_surrogate', clip_low=0.2, clip_high=0.2, kl='k3', aggregate='token'),
     schedule=dict(lr=1e-3, kl_coef=1e-3, entropy_coef=0.0, temperature=1.0, weights=dict(em=2.0)),
-    updates=dict(drop_zero_credit=False, old_logp='trainer'), train_roles=dict(policy=1.0))
+    updates=dict(drop_zero_credit=False, old_logp='trainer', off_policy_steps=0), train_roles=dict(policy=1.0))
 COLD = dict(sampling=dict(name='demonstrations'), rewards={}, credit=dict(name='uniform'),
             objective=dict(name='supervised'),
             schedule=dict(lr=1e-3, kl_coef=0.0, entropy_coef=0.0, temperature=1.0),
@@ -143,7 +143,34 @@ class TestCheck:
     method.check(but('credit', dict(name='gae', kl_coef=0.1),
         but('model.critic', 'separate', but('sampling.num_samples', 1))))
 
+  def test_an_older_sampler_wants_a_correction(self):
+    tis, mis = dict(name='truncated', level='token', cap=2.0), dict(name='masked', level='geometric', low=0.5, high=2.0)
+    stale = but('updates.off_policy_steps', 1)
+    for entry in (tis, mis):
+      method.check(but('objective.correction', entry))                       # of use without stale rows too
+      method.check(but('objective.correction', entry, stale))
+    method.check(but('updates.old_logp', 'sampler', stale))
+    for entry in ('', {}, None):
+      with pytest.raises(ValueError, match='config.updates.off_policy_steps=1: an older policy sampled the rows, and nothing '
+                                           "in config.objective.name='clipped_surrogate', config.updates.old_logp='trainer' "
+                                           'corrects for that; wants a surrogate with config.objective.correction, or with '
+                                           "old_logp='sampler'"):
+        method.check(stale if entry is None else but('objective.correction', entry, stale))
+    method.check(but('updates.off_policy_steps', 1, config(**COLD)))         # an expert's turns are nobody's policy
+    sampled = config(**{**COLD, 'sampling': CONFIG['sampling'], 'train_roles': dict(policy=1.0)})
+    method.check(sampled)
+    with pytest.raises(ValueError, match="nothing in config.objective.name='supervised'"):
+      method.check(but('updates.off_policy_steps', 1, but('updates.old_logp', 'sampler', sampled)))
+
   @pytest.mark.parametrize('changed, message', [
+      *[(but('updates.off_policy_steps', steps), f'config.updates.off_policy_steps={steps!r}; known: 0, 1')
+        for steps in (2, -1, True, 'one')],
+      (but('objective.correction', dict(name='masked'), but('updates.old_logp', 'sampler')),
+       "config.objective.correction={'name': 'masked'}: with config.updates.old_logp='sampler' the old policy is the sampler, so "
+       "every weight would be 1 and the ratio of the objective corrects by itself; wants old_logp='trainer', or no correction"),
+      (but('objective.correction', dict(name='masked'), but('train_roles', dict(policy=1.0, forced=0.5))),
+       "config.objective.correction={'name': 'masked'}: the sampler has no log-probability of ['forced'] (config.train_roles); "
+       'wants the role policy alone'),
       (but('model.reference', False), 'config.schedule.kl_coef=0.001: a divergence wants a reference; config.model.reference=False'),
       (but('schedule.kl_coef', dict(name='linear', start=0., stop=1., steps=9), but('model.reference', False)),
        'a divergence wants a reference; config.model.reference=False'),

@@ -11,7 +11,7 @@ import pytest
 
 from rlsearch import masked, objectives
 from rlsearch.objectives import regularizers
-from rlsearch.types import Credit, PolicyOutputs, Snapshot
+from rlsearch.types import POLICY, Credit, PolicyOutputs, Snapshot
 
 enable_x64 = jax.enable_x64 if hasattr(jax, 'enable_x64') else jax.experimental.enable_x64
 
@@ -23,8 +23,16 @@ TABLE = tuple(
 ) + tuple(
     ('actor_critic', dict(clip_low=0.2, clip_high=0.28, kl=kl, aggregate=aggregate, value_coef=0.5, value_clip=clip))
     for kl, aggregate, clip in (('k3', 'token', 0.2), ('k1', 'sequence', 0.0), ('k2', 'step_sum', 0.5))
+) + tuple(
+    (name, dict(clip_low=0.2, clip_high=0.28, kl='k3', aggregate=aggregate, correction=correction, **more))
+    for name, aggregate, correction, more in (
+        ('clipped_surrogate', 'token', dict(name='truncated', level='token', cap=1.2), {}),
+        ('clipped_surrogate', 'sequence', dict(name='truncated', level='sequence', cap=2.0), {}),
+        ('clipped_surrogate', 'step_sum', dict(name='masked', level='geometric', low=0.5, high=2.0), {}),
+        ('actor_critic', 'token', dict(name='truncated', level='token', cap=2.0), dict(value_coef=0.5, value_clip=0.2)))
 ) + (('supervised', {}), ('turn_score', dict(loss='squared')), ('turn_score', dict(loss='logistic')))
-NAMES = ['-'.join([name, *(str(x) for n, x in e.items() if n not in ('clip_low', 'clip_high', 'value_coef'))])
+SHORT = lambda x: '-'.join(map(str, x.values())) if isinstance(x, dict) else str(x)
+NAMES = ['-'.join([name, *(SHORT(x) for n, x in e.items() if n not in ('clip_low', 'clip_high', 'value_coef'))])
          for name, e in TABLE]
 READS = {'supervised': ('logp',), 'turn_score': ('score',), 'clipped_surrogate': ('logp', 'entropy'),
          'actor_critic': ('logp', 'entropy', 'value')}
@@ -54,6 +62,8 @@ def example(seed=0, B=8, T=21, dtype=np.float32):
   traj = fakes.ragged(rng, B, T, unscored=0.1, soft=True)
   logp, old, ref, value, target = (rng.uniform(-3, -0.1, (B, T)).astype(dtype) for _ in range(5))
   old = (logp + rng.normal(size=(B, T)) * 0.3).astype(dtype)
+  behaviour = old + np.random.default_rng((seed, 1)).normal(size=(B, T)) * 0.4
+  traj = traj.replace(behaviour_logp=np.where(traj.role == POLICY, behaviour, 0).astype(dtype))
   out = PolicyOutputs(logp, rng.uniform(0, 2, (B, T)).astype(dtype), value, rng.normal(0, 2, (B, T)).astype(dtype))
   trained = traj.loss_weight > 0
   credit = Credit(np.where(trained, rng.normal(size=(B, T)), 0).astype(dtype),
@@ -357,6 +367,7 @@ class TestProperties:
     # ρ = 1, so the gradient of each token is -w A, w the token's share of the loss; the critic's is c w (V - R).
     name, entries = TABLE[index]
     out, traj, credit, snapshot = example(3)
+    traj = traj.replace(behaviour_logp=out.logp)                            # nor is there another sampler
     if name == 'supervised':
       credit = credit.replace(advantage=(traj.loss_weight > 0).astype(np.float32))
     (_, (loss, metrics)), grad = jitted(index)(

@@ -2,13 +2,18 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import re
 import threading
 import time
 
+import fakes
+import numpy as np
 import pytest
 
-from rlsearch import outside
-from rlsearch.types import OUTCOMES, Call, Outcome
+from rlsearch import outside, sampling
+from rlsearch.rollout import grow as grow_lib
+from rlsearch.types import OUTCOMES, Call, Cursor, Outcome
 
 SHORT, LONG = 0.15, 30.0
 
@@ -246,3 +251,278 @@ class TestOwnServices:
     while len(found) < 3:
       found += tools.poll(True)
     assert {o.kind for _, o in found} == {'malformed'} and 'tool logprob failed' in caplog.text
+
+
+class Gate:
+  """A service that takes a permit for every batch, and remembers its batches as lists of the calls' numbers."""
+
+  def __init__(self):
+    self.batches, self.entered, self.permits = [], threading.Semaphore(0), threading.Semaphore(0)
+
+  def __call__(self, calls):
+    self.batches.append([c.uid[1] for c in calls])
+    self.entered.release()
+    assert self.permits.acquire(timeout=20)
+    return echo(calls)
+
+  def begun(self, batches):
+    """Waits until so many more batches have begun."""
+    for _ in range(batches):
+      assert self.entered.acquire(timeout=10)
+
+  def open(self, batches=1000):
+    self.permits.release(batches)
+
+
+@contextlib.contextmanager
+def gated(seconds=LONG, **limits):
+  """Tools over a Gate, which is opened in the end so that no thread outlives the test."""
+  gate = Gate()
+  try:
+    yield outside.make({'search': gate}, seconds, **limits), gate
+  finally:
+    gate.open()
+
+
+class TestBatches:
+
+  def test_calls_that_come_while_a_batch_runs_are_one_batch(self):
+    with gated() as (tools, gate):
+      tools.submit([call(0)])
+      gate.begun(1)
+      for i in range(1, 8):                                     # one by one, as the engine finishes turns
+        tools.submit([call(i)])
+      gate.open()
+      collect(tools, 8)
+      assert gate.batches == [[0], [1, 2, 3, 4, 5, 6, 7]]
+
+  def test_under_load_batches_are_few(self):
+    sizes = []
+    def service(calls):
+      sizes.append(len(calls))
+      time.sleep(0.02)
+      return echo(calls)
+    tools, found = outside.make({'search': service}, LONG, max_batch=16), []
+    for i in range(200):
+      tools.submit([call(i, query=str(i))])
+      found += tools.poll(False)
+    while len(found) < 200:
+      found += tools.poll(True)
+    assert {c.uid[1]: o.value for c, o in found} == {i: str(i) for i in range(200)} and len(found) == 200
+    assert len(sizes) <= 40 and max(sizes) <= 16 and sum(sizes) == 200
+
+  def test_a_broken_batch_fails_its_own_calls(self, caplog):
+    def service(calls):
+      if any(c.uid[1] == 5 for c in calls):
+        raise OSError('gone')
+      return echo(calls)
+    tools = outside.make({'search': service}, LONG, max_batch=4)
+    tools.submit([call(i) for i in range(12)])
+    found = collect(tools, 12)
+    assert [i for i, o in sorted(found.items()) if o.kind == 'malformed'] == [4, 5, 6, 7]
+    assert {o.kind for i, o in found.items() if i not in (4, 5, 6, 7)} == {'ok'} and 'OSError: gone' in caplog.text
+
+  def test_a_worker_outlives_a_service_that_exits(self):
+    state = iter([True, False])
+    def service(calls):
+      if next(state):
+        raise SystemExit(1)
+      return echo(calls)
+    tools = outside.make({'search': service}, LONG, max_batch=1)
+    tools.submit([call(0), call(1)])
+    assert {i: o.kind for i, o in collect(tools, 2).items()} == {0: 'malformed', 1: 'ok'}
+
+
+class TestBoundedQueue:
+
+  def test_what_does_not_fit_waits_behind_in_order(self, caplog):
+    with gated(max_queued=4, max_batch=2, watch_seconds=0.001) as (tools, gate):
+      start = time.monotonic()
+      tools.submit([call(0)])
+      gate.begun(1)
+      tools.submit([call(i) for i in range(1, 20)])
+      assert time.monotonic() - start < 5                       # nobody is held up
+      time.sleep(0.01)
+      assert tools.poll(False) == [] and '4 queued, 15 behind the full queue' in caplog.text
+      gate.open()
+      assert {i: o.kind for i, o in collect(tools, 20).items()} == dict.fromkeys(range(20), 'ok')
+      assert [i for batch in gate.batches for i in batch] == list(range(20)) and max(map(len, gate.batches)) == 2
+
+  def test_a_batch_is_no_larger_than_the_queue(self):
+    with gated(max_queued=3) as (tools, gate):
+      tools.submit([call(i) for i in range(9)])
+      gate.open()
+      collect(tools, 9)
+      assert gate.batches == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+
+  def test_the_deadline_of_what_waits_behind_runs_from_submission(self):
+    with gated(SHORT, max_queued=1, max_batch=1) as (tools, gate):
+      start = time.monotonic()
+      tools.submit([call(i) for i in range(50)])
+      assert {o.kind for o in collect(tools, 50).values()} == {'timeout'}
+      assert SHORT <= time.monotonic() - start < SHORT + 5
+      gate.open()                                               # those that nobody waits for are not asked
+      tools.submit([call(99)])
+      assert collect(tools, 1)[99].kind == 'ok' and gate.batches in ([[0], [99]], [[99]])
+
+
+class TestWorkers:
+
+  def test_as_many_batches_at_once(self):
+    with gated(workers=3, max_batch=1) as (tools, gate):
+      tools.submit([call(i) for i in range(6)])
+      gate.begun(3)
+      assert len(gate.batches) == 3
+      gate.open()
+      assert len(collect(tools, 6)) == 6
+
+  def test_a_tool_may_have_limits_of_its_own(self):
+    gates = {'search': Gate(), 'judge': Gate()}
+    tools = outside.make(gates, LONG, max_batch=3, per_tool={'search': {'workers': 4, 'max_batch': 1}})
+    try:
+      tools.submit([call(i, tool) for tool in gates for i in range(4)])
+      gates['search'].begun(4)
+      gates['judge'].begun(1)
+      assert sorted(gates['search'].batches) == [[0], [1], [2], [3]] and gates['judge'].batches == [[0, 1, 2]]
+    finally:
+      for gate in gates.values():
+        gate.open()
+
+  def test_one_that_hangs_leaves_the_work_to_the_others(self):
+    release = threading.Event()
+    def service(calls):
+      if calls[0].uid[1] == 0:
+        assert release.wait(20)
+      return echo(calls)
+    tools, start = outside.make({'search': service}, 0.5, workers=2, max_batch=1), time.monotonic()
+    try:
+      found = {}
+      for i in range(40):
+        tools.submit([call(i)])
+        if i:
+          found |= collect(tools, 1)
+      assert {o.kind for o in found.values()} == {'ok'} and 0 not in found
+      assert tools.poll(True)[0][1] == Outcome('timeout', None, 0.5) and 0.5 <= time.monotonic() - start < 5
+    finally:
+      release.set()
+
+  def test_an_answer_past_its_deadline_is_a_timeout_though_nobody_looked_in_between(self):
+    done = threading.Event()
+    def service(calls):
+      time.sleep(2 * SHORT)
+      done.set()
+      return echo(calls)
+    tools = outside.make({'search': service}, SHORT)
+    tools.submit([call(0)])
+    assert done.wait(10)
+    time.sleep(0.05)                                            # the answer is there before the first poll
+    assert [o.kind for _, o in tools.poll(True)] == ['timeout'] and tools.poll(True) == []
+
+  def test_waiting_ends_at_the_earliest_deadline(self):
+    with hanging() as (service, _):
+      tools = outside.make({'search': service, 'judge': service}, 0.2, own={'logprob': service}, watch_seconds=0.07)
+      start, ends = time.monotonic(), {}
+      tools.submit([call(0), call(2, 'logprob')])
+      time.sleep(0.1)
+      tools.submit([call(1, 'judge')])
+      for _ in range(2):
+        ends |= {c.uid[1]: time.monotonic() - start for c, _ in tools.poll(True)}
+      assert 0.2 <= ends[0] < 2 and 0.3 <= ends[1] < 2 and len(ends) == 2
+
+  @pytest.mark.parametrize('workers, max_batch, max_queued', [(1, 256, 4096), (4, 1, 4096), (3, 2, 2)])
+  def test_no_order_of_arrival_shows_in_the_forest(self, workers, max_batch, max_queued):
+    def search(calls):
+      time.sleep(fakes.number(calls[0].uid, workers) % 4 / 1000)
+      return [fakes.found(f'about {c.args["queries"][0]}') for c in calls]
+    def say(request):
+      n = fakes.number(request.uid)
+      return f'<search>q{n % 99}</search>' if n % 3 else '<answer>a</answer>'
+    def grown(tools, rng=None):
+      source = fakes.source([fakes.question(i) for i in range(4)])
+      run = grow_lib.make_grow(sampling.independent(num_samples=3), {}, source, fakes.render(), fakes.engine(say, rng), tools)
+      forest = run(Cursor(0, 1), 8, (1, 2), {'temperature': 1.0}, lambda: False).forest
+      return [(q, n.path, n.ended, n.turn and n.turn.text, n.turn and n.turn.passages)
+              for q, tree in forest.items() for n in tree.nodes]
+    limits = dict(workers=workers, max_batch=max_batch, max_queued=max_queued)
+    made = grown(outside.make({'search': search}, LONG, **limits), np.random.default_rng(workers))
+    assert made == grown(fakes.tools(lambda c: search([c])[0]))
+
+
+class TestWatchdog:
+
+  LONE = (7, 12, 345, 0, 2, 1, 'action')
+
+  @staticmethod
+  def said(caplog):
+    return [r.getMessage() for r in caplog.records if 'calls are out' in r.getMessage()]
+
+  def test_says_while_it_waits_which_trajectory_waits_for_what(self, caplog):
+    with gated(0.37, watch_seconds=0.1, max_batch=1) as (tools, gate):
+      tools.submit([Call(self.LONE, 'search', {'queries': ('q',)}, {})])
+      gate.begun(1)
+      tools.submit([Call((*self.LONE[:2], q, 0, 1, 'action'), 'search', {'queries': ('q',)}, {}) for q in range(5)])
+      assert len(tools.poll(True)) >= 1
+      said = self.said(caplog)
+    assert 1 <= len(said) <= 3                                  # at 0.1, 0.2 and perhaps 0.3 of 0.37 seconds
+    lone, other = 'seed 7, step 12, question 345, branch 0.2.1', 'seed 7, step 12, question 0, branch 0.1'
+    times = r'out for 0\.\d s, 0\.\d s left'
+    assert re.match('6 calls are out .search: 1 of 1 workers busy, 5 queued.; the oldest: '
+                    rf'search/action of {lone} .running, {times}.; search/action of {other} .waiting, {times}.; ', said[0])
+    assert said[0].count('question') == 3 and '\n' not in said[0]
+    assert all(r.levelno == logging.WARNING for r in caplog.records)
+
+  def test_says_it_in_any_poll_and_once_in_a_while(self, caplog):
+    with gated(watch_seconds=0.1) as (tools, gate):
+      tools.submit([Call(self.LONE, 'search', {'queries': ('q',)}, {})])
+      end, polls = time.monotonic() + 0.35, 0
+      while time.monotonic() < end:                             # the device is busy: nobody waits
+        assert tools.poll(False) == []
+        polls += 1
+      assert 1 <= len(self.said(caplog)) <= 3 < polls
+      gate.open()
+      assert len(tools.poll(True)) == 1
+    assert len(self.said(caplog)) <= 3
+
+  def test_is_silent_while_all_goes_well(self, caplog):
+    tools, end = outside.make({'search': echo}, LONG, watch_seconds=0.05), time.monotonic() + 0.2
+    while time.monotonic() < end:
+      tools.submit([call(0)])
+      collect(tools, 1)
+    assert self.said(caplog) == []
+
+  def test_own_services_have_no_deadline_and_odd_names_are_shown_as_they_are(self, caplog):
+    release = threading.Event()
+    tools = outside.make({}, 0.05, watch_seconds=0.05, own={
+        'logprob': lambda calls: [Outcome('ok')] * len(calls) if release.wait(0.2) else [Outcome('ok')] * len(calls)})
+    tools.submit([Call((0, 0), 'logprob', {}, {})])
+    assert len(tools.poll(True)) == 1
+    assert 'logprob (0, 0) (running, out for 0.1 s, no deadline)' in self.said(caplog)[0]
+
+  def test_names_who_waits_for_a_worker_that_is_stuck_with_what_is_over(self, caplog):
+    with gated(SHORT, watch_seconds=SHORT / 2) as (tools, gate):
+      tools.submit([call(0)])
+      gate.begun(1)
+      collect(tools, 1)
+      caplog.clear()
+      tools.submit([call(1)])
+      collect(tools, 1)
+    assert '1 calls are out (search: 1 of 1 workers busy, 1 queued)' in self.said(caplog)[0]
+
+
+class TestLimits:
+
+  @pytest.mark.parametrize('entries, message', [
+      (dict(workers=0), r'config\.tools\.workers=0: wants a positive whole number'),
+      (dict(max_batch=1.5), r'config\.tools\.max_batch=1\.5: wants a positive whole number'),
+      (dict(max_queued=True), r'config\.tools\.max_queued=True: wants a positive whole number'),
+      (dict(watch_seconds=0), r'config\.tools\.watch_seconds=0: wants a positive number'),
+      (dict(per_tool={'read': {}}), r"config\.tools\.per_tool\.read: no such service; known: \['search'\]"),
+      (dict(per_tool={'logprob': {'workers': 2}}),
+       r"config\.tools\.per_tool\.logprob: no such service; known: \['search'\]"),
+      (dict(per_tool={'search': {'deadline_seconds': 2}}),
+       r"config\.tools\.per_tool\.search\.deadline_seconds=2: unknown entry; known: \['workers', 'max_batch', "),
+      (dict(per_tool={'search': 3}), r"config\.tools\.per_tool\.search=3: wants entries among \['workers', "),
+      (dict(per_tool={'search': {'workers': -1}}), r'config\.tools\.per_tool\.search\.workers=-1: wants a positive whole number')])
+  def test_impossible(self, entries, message):
+    with pytest.raises(ValueError, match=message):
+      outside.make({'search': echo}, LONG, own={'logprob': echo}, **entries)

@@ -57,4 +57,4 @@ def test_ten_updates_resumed_in_the_middle(name, tmp_path):
     assert all(value is not None for value in line.values())
     assert line['rollout/logp_gap'] < 1e-5
     assert line['update/optimizer_steps'] == 2
-    assert sum(v for k, v in line.items() if k.startswith('rollout/ended/')) == line['rollout/rows'] == 8
+    assert sum(v for k, v in line.items() if k.startswith('rollout/ended/')) == line['rollout/leaves'] == 8

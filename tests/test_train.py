@@ -65,11 +65,16 @@ def speaking(say):
   return simple
 
 
+def simple_entries(engine):
+  """The entries of a stage's engine that the simple one has, for a stand-in of it."""
+  return {'name': 'simple', **{k: engine[k] for k in ('rows', 'contexts', 'max_new_tokens')}}
+
+
 def run_rl(workdir, entries, service=lambda search: search, steps=2):
   """Runs the RL stage alone with the scripted sampler; returns what each step's update was given and gave."""
   config = small_run.claimed(small_run.changed(QUIET | {'engine.max_new_tokens': 24, 'length.turn': 24,
       **entries}))['stages'][RL]
-  config['steps'] = steps
+  config.update(steps=steps, engine=simple_entries(config['engine']))
   shared = services.shared(config, services.environment(config), epath.Path(workdir))
   shared = shared._replace(services={**shared.services, 'search': service(shared.services['search'])})
   with mock.patch.object(engines, 'simple', scripted(config)):
@@ -122,9 +127,9 @@ class TestMetrics:
     run_rl(tmp_path, {'updates.old_logp': 'trainer'}, steps=1)
     assert small_run.lines(tmp_path / RL / 'metrics.jsonl')[0]['rollout/logp_gap'] > 0.1
 
-  def test_causes_of_ending_add_up_to_the_rows(self, metrics):
-    for line in metrics[COLD] + metrics[RL]:
-      assert sum(line[f'rollout/ended/{cause}'] for cause in ENDS) == line['rollout/rows'] > 0
+  def test_causes_of_ending_add_up_to_the_leaves(self, metrics):
+    for line in metrics[COLD] + metrics[RL]:                    # whose plans make one row of each
+      assert sum(line[f'rollout/ended/{cause}'] for cause in ENDS) == line['rollout/leaves'] == line['rollout/rows'] > 0
     assert {line['rollout/rows'] for line in metrics[RL]} == {16}
 
   def test_padding_and_costs(self, metrics):
@@ -282,6 +287,7 @@ class TestFailingJudge:
     c.evals.update(every=1, num=1, final_num=1, episodes=2)
     c.update(entries)
     config = settings.stages(settings.plain(c))['slate']
+    config['engine'] = simple_entries(config['engine'])
     env = services.environment(config)
     shared = services.shared(config, env, epath.Path(workdir))
     shared = shared._replace(services={**shared.services, 'judge': judge(shared.services['judge'])})

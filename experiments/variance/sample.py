@@ -23,6 +23,7 @@ from rlsearch.ask import agent as agents
 from rlsearch.data.questions import Source
 from rlsearch.models import model as models
 from rlsearch.rollout import grow as grow_lib, score as score_lib
+from rlsearch.rollout.pack import Bucket
 from rlsearch.rollout.render import Render
 from rlsearch.sampling import forest as forest_lib
 from rlsearch.types import POLICY, Cursor, Forest, Tree
@@ -95,7 +96,8 @@ def load(workdir: epath.Path, sizes: Sizes, split: str, directions: int, accurac
   model = models.get(config['model'], tok.vocab_size)
   params = agents.load_params(policy, model, mesh)
   protocol = method_lib.resolve('protocol', protocols, config['protocol'])
-  length, buckets = settings.lengths(config, mesh)
+  length, _ = settings.lengths(config, mesh)
+  buckets = tuple(Bucket(16, n) for n in (72, 120, 160) if n < length.total) + (Bucket(16, length.total),)   # of single rows
   engine = method_lib.resolve('engine', engines, config['engine'], model, tok, protocol.stops, mesh)
   engine.set_params(params, policy.step)
   judge = services.judge(dict(name='oracle', accuracy=accuracy), config['seed'])

@@ -187,7 +187,7 @@ def _make(workdir: epath.Path, config: Mapping[str, Any], last: Mapping[str, Any
   protocol = method_lib.resolve('protocol', protocols, {**config['protocol'], **changed})
   first = protocol._replace(prompts=lambda question: protocol.prompts(question)[:1])  # of several variants one answers
   render = Render(first, tok, settings.lengths(config, mesh)[0], config['retriever']['topk'])
-  one_row = {k: 1 if k == 'rows' else v for k, v in config['engine'].items()}
+  one_row = {k: 1 if k in ('rows', 'members', 'chunk_rows') else v for k, v in config['engine'].items()}
   engine = method_lib.resolve('engine', engines, one_row, model, tok, protocol.stops, mesh)
   engine.set_params(load_params(policy, model, mesh), policy.step)
   search = services.retriever(config['retriever'], env)

@@ -1,4 +1,6 @@
 """Samplers behind the Engine seam."""
+from rlsearch.engines.completions import completions
+from rlsearch.engines.paged import paged
 from rlsearch.engines.simple import simple
 
-__all__ = ['simple']
+__all__ = ['completions', 'paged', 'simple']

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
-from rlsearch import parallel
 from rlsearch.models import heads, transformer
 from rlsearch.models.config import ModelConfig
 from rlsearch.types import Ids, Params
@@ -40,8 +39,8 @@ def reader(fn: Callable[..., jax.Array], mesh: Mesh, rows: int, contexts: Sequen
     rows: of one call; a multiple of the mesh's devices.
     contexts: lengths that a sequence is padded to, rising.
   """
-  by_rows, everywhere = NamedSharding(mesh, P(mesh.axis_names)), parallel.replicated(mesh)
-  compiled = jax.jit(fn, in_shardings=(everywhere, by_rows, by_rows, by_rows), out_shardings=by_rows)
+  by_rows = NamedSharding(mesh, P(mesh.axis_names))
+  compiled = jax.jit(fn, out_shardings=by_rows)                # parameters as they lie
 
   def read(params: Params, sequences: Sequence[Ids], marks: Sequence[np.ndarray]) -> np.ndarray:
     fit = [i for i in range(len(sequences)) if len(sequences[i]) <= contexts[-1]]
@@ -53,7 +52,8 @@ def reader(fn: Callable[..., jax.Array], mesh: Mesh, rows: int, contexts: Sequen
       for b, i in enumerate(members):
         n = lengths[b] = len(sequences[i])
         tokens[b, :n], marked[b, :n] = sequences[i], marks[i]
-      launched.append((members, compiled(params, tokens, lengths, marked)))       # all dispatched before one is read
+      batch = jax.device_put((tokens, lengths, marked), by_rows)
+      launched.append((members, compiled(params, *batch)))       # all dispatched before one is read
     out = np.full(len(sequences), np.nan, np.float32)
     for members, values in launched:
       out[members] = np.asarray(jax.device_get(values))[:len(members)]

@@ -1,8 +1,9 @@
 """The reference sampler: every request is prefilled from nothing, and one poll finishes all of them."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+import types
 
 import jax
 from jax.sharding import Mesh, PartitionSpec as P
@@ -12,21 +13,15 @@ from rlsearch import parallel
 from rlsearch.data import stops as stops_lib
 from rlsearch.data.tokenizer import Tokenizer
 from rlsearch.engines import scoring
+from rlsearch.engines.turns import row_key, to_turn
 from rlsearch.models import decode
 from rlsearch.models.model import Model
-from rlsearch.types import FORCED, POLICY, Engine, Ids, Request, Turn
-
-
-def row_key(uid: tuple[int, ...]) -> np.ndarray:
-  """Returns u32[2], the data of the key of a request: a function of its coordinates alone.
-
-  The length goes in as well, because NumPy gives (1,) and (1, 0) one sequence.
-  """
-  return np.random.SeedSequence((len(uid), *uid)).generate_state(2, np.uint32)
+from rlsearch.types import Engine, Ids, Request
 
 
 def simple(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *, rows: int, contexts: Sequence[int],
-           max_new_tokens: int) -> Engine:
+           max_new_tokens: int, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
+           logit_bias: Mapping[int, float] = types.MappingProxyType({})) -> Engine:
   """Returns an engine that sorts requests by length, pads them into a few shapes and samples them in jitted calls.
 
   Rows are divided over the mesh's first axis and each device runs its own decode loop, so sampling holds no
@@ -40,6 +35,7 @@ def simple(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *, ro
     rows: of one call; a multiple of the mesh's devices.
     contexts: lengths that a context is padded to, rising; one compiled program each.
     max_new_tokens: size of a turn's buffer.
+    top_k, top_p, min_p, logit_bias: what may be drawn, see models.decode.Restriction.
 
   Raises:
     ValueError: impossible sizes, here; a context longer than the largest bucket, in poll.
@@ -51,7 +47,8 @@ def simple(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *, ro
     raise ValueError(f'config.engine.contexts={list(contexts)}: wants rising lengths')
   automaton = parallel.to_replicated(stops_lib.automaton(tok.token_bytes, stops), mesh)
   axes = P(mesh.axis_names)
-  body = partial(decode.sample_turn, model.config, max_new_tokens, tok.vocab_size, tok.eos_id)
+  body = partial(decode.sample_turn, model.config, max_new_tokens, tok.vocab_size, tok.eos_id,
+                 rule=decode.restriction(tok.vocab_size, top_k, top_p, min_p, logit_bias))
   sample = jax.jit(jax.shard_map(
       body, mesh=mesh, in_specs=(P(), axes, axes, axes, axes, axes, P()), out_specs=axes, check_vma=False))
   read = scoring.reader(scoring.mean_logp(model.config), mesh, rows, contexts)
@@ -74,13 +71,9 @@ def simple(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *, ro
     counts['padded_tokens'] += int(tokens.size - lengths.sum())
     return sample(state['params'], tokens, lengths, keys, temperature, limit, automaton)
 
-  def to_turn(r, ids, logp, count, stopped):
-    ids, logp = ids[:count], logp[:count]
+  def finish(r, ids, logp, count, stopped):
     counts['generated_tokens'] += int(count)
-    token_ids = np.concatenate([r.forced_ids, ids]).astype(np.int32)
-    role = np.concatenate([np.full(len(r.forced_ids), FORCED), np.full(count, POLICY)]).astype(np.int8)
-    logps = np.concatenate([np.zeros(len(r.forced_ids)), logp]).astype(np.float32)
-    return Turn(token_ids, logps, role, state['version'], tok.decode(token_ids), bool(stopped))
+    return r, to_turn(tok, r, ids[:count], logp[:count], stopped, state['version'])
 
   def poll():
     if not waiting:
@@ -92,7 +85,7 @@ def simple(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *, ro
     finished = []
     for batch, out in zip(batches, launched, strict=True):
       out = jax.device_get(out)
-      finished += [(r, to_turn(r, *(np.asarray(x[i]) for x in out))) for i, r in enumerate(batch)]
+      finished += [finish(r, *(np.asarray(x[i]) for x in out)) for i, r in enumerate(batch)]
     return finished
 
   def logprob(prefixes: Sequence[Ids], targets: Sequence[Ids]) -> np.ndarray:

@@ -7,7 +7,7 @@ import json
 import math
 import time
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from rlsearch.types import MALFORMED, OK, REFUSED, TIMEOUT, Passage
@@ -42,7 +42,8 @@ def ask(to: Endpoint, body: bytes, seconds: float, count: int, k: int) -> tuple[
   return request(to, body, seconds, lambda data: parse(data, count, k))
 
 
-def request(to: Endpoint, body: bytes, seconds: float, read: Callable[[bytes], Any]) -> tuple[str, Any, bool]:
+def request(to: Endpoint, body: bytes, seconds: float, read: Callable[[bytes], Any],
+            headers: Mapping[str, str] | None = None) -> tuple[str, Any, bool]:
   """(OK, what `read` makes of the reply, False) or (how it failed, why, whether to try again).
 
   Args:
@@ -50,9 +51,10 @@ def request(to: Endpoint, body: bytes, seconds: float, read: Callable[[bytes], A
     body: JSON.
     seconds: of the whole attempt.
     read: raises ValueError for a reply of the wrong form.
+    headers: beside the content's type.
   """
   try:
-    status, data = _post(to, body, seconds)
+    status, data = _post(to, body, seconds, headers or {})
   except OSError as e:                 # refused, reset, unreachable, timed out
     return TIMEOUT, f'{type(e).__name__}: {e}', True
   except http.client.HTTPException as e:
@@ -79,12 +81,12 @@ def parse(data: bytes, count: int, k: int) -> list[tuple[Passage, ...]]:
   return [tuple(map(_passage, found))[:k] for found in result]
 
 
-def _post(to: Endpoint, body: bytes, seconds: float) -> tuple[int, bytes]:
+def _post(to: Endpoint, body: bytes, seconds: float, headers: Mapping[str, str]) -> tuple[int, bytes]:
   end = time.monotonic() + seconds
   kind = http.client.HTTPSConnection if to.https else http.client.HTTPConnection
   connection = kind(to.host, to.port, timeout=seconds)
   try:
-    connection.request('POST', to.target, body, {'Content-Type': 'application/json'})
+    connection.request('POST', to.target, body, {'Content-Type': 'application/json', **headers})
     response, chunks, total = connection.getresponse(), [], 0
     while chunk := response.read1(1 << 16):
       chunks.append(chunk)

@@ -1,7 +1,9 @@
 """Prefill, and one turn sampled token by token until a stop string, the end token or its budget."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+import math
 from typing import NamedTuple
 
 import jax
@@ -79,6 +81,66 @@ def decode_step(config: ModelConfig, layers: tuple[Params, ...], params: Params,
   return KVCache(tuple(keys), tuple(values)), transformer.rms_norm(x, params['final_norm'], config.norm_eps)[:, 0]
 
 
+class Restriction(NamedTuple):
+  """Which tokens may be drawn; the entries left out of a config change nothing.
+
+  Log-probabilities are of the distribution that is left, which is not the trainer's: rollout/logp_gap shows by how much.
+
+  Attributes:
+    top_k: the k most likely ones (Fan et al. 2018); 0: all.
+    top_p: the fewest most likely ones that hold this share of the probability (Holtzman et al. 2020, Sec. 3.1); 1: all.
+    min_p: those at least this share as likely as the most likely one (Nguyen et al. 2024); 0: all.
+    logit_bias: (token, what is added to its logit) pairs; -inf forbids.
+  """
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
+  logit_bias: tuple[tuple[int, float], ...] = ()
+
+
+def restriction(num_tokens: int, top_k: int, top_p: float, min_p: float, logit_bias: Mapping[int, float]) -> Restriction:
+  """Returns what an engine's entries say.
+
+  Raises:
+    ValueError: a number out of range, or a token that the tokenizer does not have.
+  """
+  if top_k < 0 or not 0 < top_p <= 1 or not 0 <= min_p <= 1:
+    raise ValueError(f'config.engine: top_k={top_k}, top_p={top_p}, min_p={min_p}: want 0 or more, (0, 1] and [0, 1]')
+  pairs = tuple(sorted((int(token), float(bias)) for token, bias in dict(logit_bias).items()))
+  for token, bias in pairs:
+    if not 0 <= token < num_tokens or math.isnan(bias) or bias == math.inf:
+      raise ValueError(f'config.engine.logit_bias: {token}: {bias}; wants ids below {num_tokens} and numbers')
+  return Restriction(int(top_k), float(top_p), float(min_p), pairs)
+
+
+def restrict(logits: jax.Array, temperature: jax.Array, rule: Restriction) -> jax.Array:
+  """Returns the logits with the tokens that may not be drawn at -1e30.
+
+  Shares are of softmax(logits / temperature); a temperature of 0 counts as 1.
+
+  Args:
+    logits: f32[B, V]; impossible tokens at -1e30.
+    temperature: f32[B].
+    rule: what may be drawn (static).
+  """
+  if rule.logit_bias:
+    tokens, bias = zip(*rule.logit_bias, strict=True)
+    logits = jnp.maximum(logits.at[:, jnp.asarray(tokens)].add(jnp.maximum(jnp.asarray(bias, jnp.float32), -1e30)), -1e30)
+  if rule.top_k:
+    lowest = jax.lax.top_k(logits, min(rule.top_k, logits.shape[1]))[0][:, -1:]
+    logits = jnp.where(logits >= lowest, logits, -1e30)
+  if rule.min_p > 0 or rule.top_p < 1:
+    p = jax.nn.softmax(logits / jnp.where(temperature > 0, temperature, 1.0)[:, None], axis=1)
+    allowed = p >= rule.min_p * jnp.max(p, axis=1, keepdims=True)
+    if rule.top_p < 1:
+      falling = -jnp.sort(-p, axis=1)
+      held = jnp.cumsum(falling, axis=1) - falling                 # by all that are more likely
+      least = jnp.min(jnp.where(held < rule.top_p, falling, 2.0), axis=1, keepdims=True)
+      allowed &= p >= least
+    logits = jnp.where(allowed, logits, -1e30)
+  return logits
+
+
 def draw(logits: jax.Array, uniform: jax.Array, temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns tokens drawn from softmax(logits / temperature) by inverting its distribution, and their log-probabilities.
 
@@ -107,7 +169,9 @@ def draw(logits: jax.Array, uniform: jax.Array, temperature: jax.Array) -> tuple
   within = cumulate(inside, upto)
   left = jnp.minimum(goal - before, within[:, -1] * (1 - 1e-6))
   column = jnp.minimum(jnp.sum(within <= left[:, None], axis=1), side - 1)
-  token = jnp.where(temperature > 0, block * side + column, jnp.argmax(logits, axis=1)).astype(jnp.int32)
+  drawn = (block * side + column).astype(jnp.int32)
+  greedy = lambda: jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=1).astype(jnp.int32))
+  token = jax.lax.cond(jnp.all(temperature > 0), lambda: drawn, greedy)              # the search costs as much as the draw
   logp = jnp.take_along_axis(z, token[:, None], axis=1)[:, 0] - log_z
   return token, logp
 
@@ -115,7 +179,7 @@ def draw(logits: jax.Array, uniform: jax.Array, temperature: jax.Array) -> tuple
 @partial(jax.named_call, name='sample_turn')
 def sample_turn(config: ModelConfig, num_new: int, num_tokens: int, eos_id: int, params: Params, tokens: jax.Array,
                 lengths: jax.Array, key_data: jax.Array, temperature: jax.Array, max_tokens: jax.Array,
-                automaton: jax.Array) -> Sampled:
+                automaton: jax.Array, rule: Restriction = Restriction()) -> Sampled:
   """Returns one turn per row, sampled behind its context.
 
   The t-th token of a row is drawn with fold_in(row key, t), so it depends neither on its neighbours nor on
@@ -133,6 +197,7 @@ def sample_turn(config: ModelConfig, num_new: int, num_tokens: int, eos_id: int,
     temperature: f32[B].
     max_tokens: i32[B], at most num_new.
     automaton: i32[states, V], from data.stops.
+    rule: what may be drawn (static).
   """
   num_rows, width = tokens.shape
   cache, hidden = prefill(config, params, tokens, jnp.maximum(lengths, 1), num_new)
@@ -149,7 +214,7 @@ def sample_turn(config: ModelConfig, num_new: int, num_tokens: int, eos_id: int,
     t, cache, hidden, done, state, out = carry
     z = jnp.where(possible, heads.logits(config, params, hidden), -1e30)
     uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t)))(keys)
-    token, logp = draw(z, uniform, temperature)
+    token, logp = draw(restrict(z, temperature, rule), uniform, temperature)
     live = ~done
     out = Sampled(out.token_ids.at[:, t].set(jnp.where(live, token, 0)), out.logp.at[:, t].set(jnp.where(live, logp, 0.)),
                   out.count + live, out.stopped)

@@ -96,30 +96,45 @@ def _chosen_logp_bwd(chunk, num_tokens, saved, cotangents):
 chosen_logp.defvjp(_chosen_logp_fwd, _chosen_logp_bwd)
 
 
-def token_stats(config: ModelConfig, params: Params, hidden: jax.Array, tokens: jax.Array,
-                temperature: jax.Array | float = 1.0) -> tuple[jax.Array, jax.Array]:
-  """Returns each token's log-probability and the entropy of the distribution it was drawn from.
+def before(x: jax.Array, previous: jax.Array | None) -> jax.Array:
+  """Returns x [B, T, ...] of the token before each token on its path; 0 where there is none.
 
-  logp[b, t] = log p(tokens[b, t] | tokens[b, :t]) at the sampling temperature; column 0 is 0.
   The shift by one between hidden states and tokens happens here and nowhere else.
 
   Args:
+    x: [B, T, ...], by token.
+    previous: i32[B, T] of types.Layout; None: the token to the left.
+  """
+  if previous is None:
+    return jnp.pad(x[:, :-1], ((0, 0), (1, 0)) + ((0, 0),) * (x.ndim - 2))
+  shape = previous.shape + (1,) * (x.ndim - 2)
+  found = jnp.take_along_axis(x, jnp.maximum(previous, 0).reshape(shape), axis=1)
+  return jnp.where((previous >= 0).reshape(shape), found, 0)
+
+
+def token_stats(config: ModelConfig, params: Params, hidden: jax.Array, tokens: jax.Array,
+                temperature: jax.Array | float = 1.0, previous: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+  """Returns each token's log-probability and the entropy of the distribution it was drawn from.
+
+  logp[b, t] = log p(token t | the tokens before it on its path) at the sampling temperature; 0 where none is before it.
+
+  Args:
     config, params: of the policy.
-    hidden: [B, T, D], one per logical token.
+    hidden: [B, T, D], one per token.
     tokens: i32[B, T].
     temperature: of the sampler, > 0.
+    previous: i32[B, T] of types.Layout; None: a row is a path.
 
   Returns:
     f32[B, T] each, in nats.
   """
-  num_rows, num_tokens, width = hidden.shape
+  first = jnp.arange(tokens.shape[1]) == 0 if previous is None else previous < 0
   # Divided in float32: in bfloat16 the temperature itself would be off by up to 0.4%.
-  flat = (hidden[:, :-1].astype(jnp.float32) / temperature).astype(hidden.dtype).reshape(-1, width)
+  flat = (before(hidden, previous).astype(jnp.float32) / temperature).astype(hidden.dtype).reshape(-1, hidden.shape[-1])
   chunk = min(config.vocab_chunk, config.vocab_size)
-  logp, entropy = chosen_logp(flat, unembedding(config, params), tokens[:, 1:].reshape(-1), chunk,
-                              config.num_tokens or config.vocab_size)
-  pad = lambda x: jnp.pad(x.reshape(num_rows, num_tokens - 1), ((0, 0), (1, 0)))
-  return pad(logp), pad(entropy)
+  both = chosen_logp(flat, unembedding(config, params), tokens.reshape(-1), chunk, config.num_tokens or config.vocab_size)
+  logp, entropy = (jnp.where(first, 0.0, x.reshape(tokens.shape)) for x in both)
+  return logp, entropy
 
 
 def scalar_head_specs(config: ModelConfig) -> Specs:
@@ -127,13 +142,17 @@ def scalar_head_specs(config: ModelConfig) -> Specs:
   return {'weight': Param((config.width,), ('embed',), config.width), 'bias': Param((), (), 0)}
 
 
-def value(head: Params, hidden: jax.Array) -> jax.Array:
-  """Returns f32[B, T]: the value of the state in which each token was chosen (hidden state one to its left).
+def value(head: Params, hidden: jax.Array, previous: jax.Array | None = None) -> jax.Array:
+  """Returns f32[B, T]: the value of the state in which each token was chosen (hidden state of the token before it).
 
-  Column 0 is 0: no state precedes the first token.
+  0 where no token is before it: no state precedes the first token.
   """
-  out = jnp.einsum('BTD,D->BT', hidden.astype(jnp.float32), head['weight']) + head['bias']
-  return jnp.pad(out[:, :-1], ((0, 0), (1, 0)))
+  return before(read(head, hidden), previous)
+
+
+def read(head: Params, hidden: jax.Array) -> jax.Array:
+  """Returns f32[B, T]: w · h + b at each token."""
+  return jnp.einsum('BTD,D->BT', hidden.astype(jnp.float32), head['weight']) + head['bias']
 
 
 def reward_head_specs(config: ModelConfig) -> Specs:
@@ -143,6 +162,18 @@ def reward_head_specs(config: ModelConfig) -> Specs:
 
 
 def scores(head: Params, hidden: jax.Array, logp: jax.Array, own: jax.Array) -> jax.Array:
+  """Returns f32[B, T]: `path_scores` of rows that are paths.
+
+  Args:
+    head: of reward_head_specs.
+    hidden: [B, T, D] of the module's trunk.
+    logp: f32[B, T], of the trunk, at temperature 1.
+    own: bool[B, T]; the agent wrote the token.
+  """
+  return path_scores(head, read(head, hidden), logp, own)
+
+
+def path_scores(head: Params, plain: jax.Array, logp: jax.Array, own: jax.Array) -> jax.Array:
   """Returns f32[B, T]: a score of what the agent has written, read at each token, itself included.
 
   s_t = w · h_t + b + u_0 min_{turn of t, up to t} log φ + u_1 min_{all of the agent's tokens up to t} log φ.
@@ -153,9 +184,8 @@ def scores(head: Params, hidden: jax.Array, logp: jax.Array, own: jax.Array) -> 
 
   Args:
     head: of reward_head_specs.
-    hidden: [B, T, D] of the module's trunk.
-    logp: f32[B, T], of the trunk, at temperature 1.
-    own: bool[B, T]; the agent wrote the token.
+    plain: f32[B, T], w · h + b (`read`).
+    logp, own: as for `scores`.
   """
   said = jnp.where(own, logp, 0.0)
   def body(lowest, xs):
@@ -164,7 +194,6 @@ def scores(head: Params, hidden: jax.Array, logp: jax.Array, own: jax.Array) -> 
     return lowest, lowest
   turn = jax.lax.scan(body, jnp.zeros(said.shape[0]), (said.T, own.T))[1].T
   path = jax.lax.cummin(said, axis=1)
-  plain = jnp.einsum('BTD,D->BT', hidden.astype(jnp.float32), head['weight']) + head['bias']
   return plain + head['surprise'][0] * turn + head['surprise'][1] * path
 
 

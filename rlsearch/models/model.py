@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rlsearch.models import config as model_config, copy_init, heads, lora, params as params_lib, transformer
+from rlsearch.models import attention, config as model_config, copy_init, heads, lora, params as params_lib, transformer
 from rlsearch.models.config import ModelConfig
 from rlsearch.models.params import Specs
 from rlsearch.types import Layout, Params, PolicyOutputs
@@ -44,14 +44,14 @@ class Model(NamedTuple):
 
 
 def logical(layout: Layout, physical: jax.Array) -> jax.Array:
-  """Returns the physical outputs [P, S, ...] of the logical tokens, [B, T, ...]."""
-  flat = physical.reshape((-1,) + physical.shape[2:])
-  return jnp.take(flat, layout.gather.reshape(-1), axis=0).reshape(layout.gather.shape + physical.shape[2:])
+  """Returns the numbers of physical tokens [P, S] by logical token, [B, T]; a sequence's rows follow each other."""
+  where = layout.gather.reshape(physical.shape[0], -1)
+  return jnp.take_along_axis(physical, where, axis=1).reshape(layout.gather.shape)
 
 
 def hidden_states(config: ModelConfig, params: Params, layout: Layout) -> jax.Array:
-  """Returns the trunk's hidden states of the logical tokens, [B, T, D]."""
-  return logical(layout, transformer.forward(config, params, layout.tokens, layout.positions, transformer.causal))
+  """Returns the trunk's hidden states of the physical tokens, [P, S, D]."""
+  return transformer.forward(config, params, layout.tokens, layout.positions, attention.attend(layout.until))
 
 
 def make(config: ModelConfig, *, init: str = 'normal', lora_options: Mapping[str, Any] | None = None,
@@ -135,26 +135,29 @@ def make(config: ModelConfig, *, init: str = 'normal', lora_options: Mapping[str
 
   def values(train, layout, hidden):
     trunk = hidden if critic == 'shared' else hidden_states(config, train['value']['trunk'], layout)
-    return heads.value(train['value']['head'], trunk)
+    return logical(layout, heads.value(train['value']['head'], trunk, layout.previous))
+
+  def stats(weights, hidden, layout, temperature=1.0):
+    found = heads.token_stats(config, weights, hidden, layout.tokens, temperature, layout.previous)
+    return tuple(logical(layout, x) for x in found)
 
   def outputs(train, froze, layout, temperature):
     weights = policy(train, froze)
     hidden = hidden_states(config, weights, layout)
-    logp, entropy = heads.token_stats(config, weights, hidden, logical(layout, layout.tokens), temperature)
+    logp, entropy = stats(weights, hidden, layout, temperature)
     zero = jnp.zeros_like(logp)
     value = zero if critic == 'none' else values(train, layout, hidden)
     return PolicyOutputs(logp, entropy, value, module_scores(train['reward'], layout) if judges else zero)
 
   def module_scores(module, layout):
-    read = hidden_states(config, module['trunk'], layout)
-    said = heads.token_stats(config, module['trunk'], read, logical(layout, layout.tokens))[0]
-    return heads.scores(module['head'], read, said, logical(layout, layout.own))
+    hidden = hidden_states(config, module['trunk'], layout)
+    plain, said = logical(layout, heads.read(module['head'], hidden)), stats(module['trunk'], hidden, layout)[0]
+    return heads.path_scores(module['head'], plain, said, layout.own)
 
   def reference_logp(train, froze, layout, temperature):
     del train
     weights = froze['base' if options else 'reference']
-    hidden = hidden_states(config, weights, layout)
-    return heads.token_stats(config, weights, hidden, logical(layout, layout.tokens), temperature)[0]
+    return stats(weights, hidden_states(config, weights, layout), layout, temperature)[0]
 
   def critic_values(train, froze, layout):
     hidden = hidden_states(config, policy(train, froze), layout) if critic == 'shared' else None

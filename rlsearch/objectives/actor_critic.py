@@ -1,6 +1,9 @@
 """The clipped surrogate together with the critic's clipped regression."""
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax.numpy as jnp
 
 from rlsearch import masked
@@ -8,8 +11,8 @@ from rlsearch.objectives.surrogate import clipped_surrogate
 from rlsearch.types import Credit, Hypers, ObjectiveFn, PolicyOutputs, Snapshot, Trajectories
 
 
-def actor_critic(*, clip_low: float, clip_high: float, kl: str, aggregate: str, value_coef: float, value_clip: float
-                 ) -> ObjectiveFn:
+def actor_critic(*, clip_low: float, clip_high: float, kl: str, aggregate: str, value_coef: float, value_clip: float,
+                 correction: Mapping[str, Any] | str = '') -> ObjectiveFn:
   """PPO's clipped surrogate (see clipped_surrogate) plus the critic's loss, over the same trained tokens.
 
   L = L_policy + c · ½ max((V - R)², (V_clip - R)²),   V_clip = V_old + clip(V - V_old, -ε_v, ε_v).
@@ -21,13 +24,14 @@ def actor_critic(*, clip_low: float, clip_high: float, kl: str, aggregate: str, 
     clip_low, clip_high, kl, aggregate: of the surrogate; the value loss is averaged in the same way.
     value_coef: c.  With groups of their own (a separate critic) it only scales the critic's gradient.
     value_clip: ε_v; 0 for none.
+    correction: of the surrogate; the critic's regression has none.
 
   Raises:
     ValueError: an impossible entry.
   """
   if not (value_coef >= 0 and value_clip >= 0):
     raise ValueError(f'config.objective: value_coef={value_coef}, value_clip={value_clip}; wants 0 or more')
-  policy = clipped_surrogate(clip_low=clip_low, clip_high=clip_high, kl=kl, aggregate=aggregate)
+  policy = clipped_surrogate(clip_low=clip_low, clip_high=clip_high, kl=kl, aggregate=aggregate, correction=correction)
   reduce = masked.REDUCTIONS[aggregate]
 
   def objective(out: PolicyOutputs, traj: Trajectories, credit: Credit, snapshot: Snapshot, hypers: Hypers):

@@ -15,7 +15,7 @@ from rlsearch.types import (FORCED, OBSERVATION, POLICY, PROMPT, ROLES, Forest, 
 
 
 class Bucket(NamedTuple):
-  """A shape that the update is compiled for."""
+  """A shape that the update is compiled for: physical sequences (rows, where a row is a sequence) and their tokens."""
   rows: int
   length: int
 
@@ -66,7 +66,7 @@ def pack(forest: Forest, rows: Sequence[Row], scored: np.ndarray, *, num_rows: i
     tokens, role, turn_index, logps = _row(tree, path)
     n = lengths[b] = len(tokens)
     if n > length:
-      raise ValueError(f'a row of {n} tokens; the largest of config.length.buckets holds {length}')
+      raise ValueError(f'a row of {n} tokens; config.length.total holds {length}')
     t.tokens[b, :n], t.valid[b, :n], t.role[b, :n], t.turn_index[b, :n] = tokens, True, role, turn_index
     t.behaviour_logp[b, :n] = logps
     t.group_id[b] = ids[row.question, tree.nodes[row.leaf].path[0]]      # the root of its prompt variant
@@ -154,16 +154,14 @@ def rewards(scored: Scored, weights: Mapping[str, float], num_rows: int, num_tur
                  np.zeros((num_rows, num_turns), np.float32))
 
 
-def check_buckets(buckets: Sequence[Bucket], microbatch_rows: int, ways: int) -> None:
-  """Raises ValueError unless every bucket's rows are whole micro-batches, and those divide over the devices."""
+def check_buckets(buckets: Sequence[Bucket], microbatch_rows: int) -> None:
+  """Raises ValueError unless every bucket is whole micro-batches."""
   if not buckets:
     raise ValueError('config.length.buckets: empty; wants (rows, length) pairs')
   for rows, length in buckets:
     if rows % microbatch_rows or rows < 1 or length < 1:
       raise ValueError(f'config.length.buckets: ({rows}, {length}): rows are not a multiple of '
                        f'config.updates.microbatch_rows={microbatch_rows}')
-  if microbatch_rows % ways:
-    raise ValueError(f'config.updates.microbatch_rows={microbatch_rows}: not a multiple of the {ways} ways of the mesh')
 
 
 def divide(lengths: np.ndarray, members: np.ndarray, buckets: Sequence[Bucket]) -> list[tuple[Bucket, np.ndarray]]:
@@ -185,29 +183,24 @@ def divide(lengths: np.ndarray, members: np.ndarray, buckets: Sequence[Bucket]) 
   return blocks
 
 
-def identity_layout(traj: Trajectories, first_row: int = 0) -> Layout:
-  """Returns the layout in which a row is a sequence.
-
-  Args:
-    traj: rows of this host.
-    first_row: how many rows of the block other hosts hold before these: `gather` counts in the whole block.
-  """
+def identity_layout(traj: Trajectories) -> Layout:
+  """Returns the layout in which a row is a sequence: a token sees itself and what is left of it."""
   rows, length = traj.tokens.shape
-  positions = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
-  gather = first_row * length + np.arange(rows * length, dtype=np.int32).reshape(rows, length)
+  at = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
   own = traj.valid & ((traj.role == POLICY) | (traj.role == FORCED))
-  return Layout(traj.tokens, positions, traj.valid.astype(np.int32), np.zeros((rows, length), np.int32), gather, own)
+  return Layout(traj.tokens, at, at - 1, np.full((rows, length), length, np.int32), at, own)
 
 
 def take(tree, bucket: Bucket, members: np.ndarray):
-  """Returns the rows `members` of a tree of [B, T] and [B, K] arrays, padded to their bucket.
+  """Returns the rows `members` of a tree of [B, T] and [B, K] arrays, padded to their bucket; a number of -1 is padding too.
 
   Padding is what `empty` holds: False, 0, and -1 for numbers of turns and ids.
   """
+  places = np.flatnonzero(members >= 0)
   def one(x, fill, cut):
-    x = x[members, :bucket.length] if cut else x[members]
+    x = x[members[places], :bucket.length] if cut else x[members[places]]
     block = np.full((bucket.rows,) + x.shape[1:], fill, x.dtype)
-    block[:len(members)] = x
+    block[places] = x
     return block
   if not isinstance(tree, Trajectories):
     return jax.tree.map(lambda x: one(x, 0, True), tree)
@@ -217,11 +210,11 @@ def take(tree, bucket: Bucket, members: np.ndarray):
                          for f in dataclasses.fields(tree)})
 
 
-def pack_step(forest: Forest, rows: Sequence[Row], scored: np.ndarray, buckets: Sequence[Bucket], num_turns: int,
+def pack_step(forest: Forest, rows: Sequence[Row], scored: np.ndarray, length: int, num_turns: int,
               train_roles: Mapping[str, float], ways: int) -> Packed:
-  """Returns a step's rows at the shapes that all hosts share: the largest bucket's length, rows rounded up."""
+  """Returns a step's rows at the shapes that all hosts share: `length` tokens (config.length.total), rows rounded up."""
   hosts = jax.process_count()
   most = parallel.largest((len(rows),))[0]
   num_rows = round_rows(most, max(1, ways // hosts))
-  return pack(forest, rows, scored, num_rows=num_rows, length=max(b.length for b in buckets), num_turns=num_turns,
-              train_roles=train_roles, first_id=jax.process_index() << 24)
+  return pack(forest, rows, scored, num_rows=num_rows, length=length, num_turns=num_turns, train_roles=train_roles,
+              first_id=jax.process_index() << 24)

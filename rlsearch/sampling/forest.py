@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from rlsearch.types import NOT_CONTINUED, TURN_LIMIT, Episode, Expansion, Forest, Key, Node, Question, Row, Tree, Turn
+from rlsearch.types import ENDS, NOT_CONTINUED, TURN_LIMIT, Episode, Expansion, Forest, Key, Node, Question, Row, Tree, Turn
 
 
 def plant(question: Question, prompts: tuple, max_turns: int) -> Tree:
@@ -52,6 +52,20 @@ def leaves(tree: Tree) -> tuple[int, ...]:
   parents = {node.parent for node in tree.nodes}
   found = [i for i, node in enumerate(tree.nodes) if node.turn is not None and i not in parents]
   return tuple(sorted(found, key=lambda i: tree.nodes[i].path))
+
+
+def causes(forest: Forest) -> dict[str, int]:
+  """Returns how many leaves ended by each cause, of every cause there is; each leaf counts once, whatever rows it is in.
+
+  A prompt that left no room for a first turn is a leaf too.
+  """
+  found = dict.fromkeys(ENDS, 0)
+  for tree in forest.values():
+    parents = {node.parent for node in tree.nodes}
+    for i, node in enumerate(tree.nodes):
+      if i not in parents and (node.turn is not None or node.ended):
+        found[node.ended or NOT_CONTINUED] += 1
+  return found
 
 
 def finish(tree: Tree) -> Tree:

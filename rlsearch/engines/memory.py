@@ -1,0 +1,100 @@
+"""How many pages a sampler gets: from the memory that is left, or from the paths it is to hold."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+import math
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+import numpy as np
+
+from rlsearch.models.config import ModelConfig
+from rlsearch.models.paged import TAIL
+
+
+class Plan(NamedTuple):
+  """Memory of keys and values on one device.
+
+  Attributes:
+    num_pages: of the pool, the unused page 0 included.
+    num_rows: of hidden states.
+    pool_bytes: of the pool and the hidden states.
+    working_bytes: of the pages that the widest slice has before it while it runs.
+  """
+  num_pages: int
+  num_rows: int
+  pool_bytes: int
+  working_bytes: int
+
+  @property
+  def total_bytes(self) -> int:
+    return self.pool_bytes + self.working_bytes
+
+  def describe(self) -> str:
+    """Returns the plan in words."""
+    mib = lambda n: f'{n / 2**20:.1f} MiB'
+    return (f'KV plan of a device: {self.num_pages} pages, pool {mib(self.pool_bytes)}, working set '
+            f'{mib(self.working_bytes)}, together {mib(self.total_bytes)}')
+
+
+def page_bytes(config: ModelConfig, page_tokens: int, tensor_ways: int = 1) -> int:
+  """Returns the bytes of one page, keys and values of all layers, on one device."""
+  heads = config.num_kv_heads // tensor_ways if config.num_kv_heads % tensor_ways == 0 else config.num_kv_heads
+  return 2 * config.num_layers * heads * config.head_size * page_tokens * np.dtype(jax.numpy.dtype(config.dtype)).itemsize
+
+
+def plan(config: ModelConfig, mesh: Mesh, *, num_pages: int, page_tokens: int, rows: int, members: int,
+         widths: Sequence[int], own_width: int, share: float) -> Plan:
+  """Returns the plan of one device.
+
+  Where `num_pages` is 0: on a device that says how much memory it has, `share` of what is free now (weights and
+  optimizer lie there already), less the working set; elsewhere room for twice as many of the longest paths as there
+  are slots.
+
+  Args:
+    config: of the policy.
+    mesh: the sampler's.
+    num_pages: of config.engine; 0 to plan it.
+    page_tokens: S.
+    rows: slots of a device.
+    members: of a group.
+    widths: numbers of pages that there are programs for.
+    own_width: pages of a group's member behind the shared ones.
+    share: of free memory.
+
+  Raises:
+    ValueError: there is no room for one path.
+  """
+  tensor = mesh.shape['tensor']
+  each = page_bytes(config, page_tokens, tensor)
+  per_row = widths[-1] * each * rows
+  grouped = (rows // members * widths[-1] + rows * own_width) * each if members > 1 else 0
+  working = max(per_row, grouped)
+  hidden = config.width * np.dtype(jax.numpy.dtype(config.dtype)).itemsize
+  if not num_pages:
+    stats = mesh.local_devices[0].memory_stats() or {}
+    if 'bytes_limit' in stats:
+      free = share * (stats['bytes_limit'] - stats['bytes_in_use']) - working
+      num_pages = int(free // (each + hidden))
+    else:
+      num_pages = 1 + 2 * rows * (widths[-1] + TAIL)
+  if num_pages < widths[-1] + TAIL + 2:
+    raise ValueError(f'config.engine: {max(0, num_pages)} pages of {page_tokens} tokens ({each / 2**20:.1f} MiB each) have '
+                     f'room beside weights and a working set of {working / 2**20:.0f} MiB; the longest path wants '
+                     f'{widths[-1] + TAIL + 2}.  Fewer rows, shorter contexts or more tensor ways would fit')
+  num_rows = num_pages + 2 * rows
+  return Plan(num_pages, num_rows, num_pages * each + num_rows * hidden, working)
+
+
+def widths_of(contexts: Sequence[int], max_new_tokens: int, page_tokens: int) -> tuple[int, ...]:
+  """Returns the numbers of whole pages that programs are made for: one for each context length, and the longest path.
+
+  Raises:
+    ValueError: no context, or they do not rise.
+  """
+  if list(contexts) != sorted(set(contexts)) or not contexts or contexts[0] < 1:
+    raise ValueError(f'config.engine.contexts={list(contexts)}: wants rising lengths')
+  pages = [math.ceil(c / page_tokens) for c in contexts[:-1]]
+  longest = math.ceil((contexts[-1] + max_new_tokens) / page_tokens)
+  return tuple(sorted({*(p for p in pages if p < longest), longest}))

@@ -1,0 +1,186 @@
+"""The sampler that computes each token once: keys and values in pages, branches in slots, searches beside decoding."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+import types
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import numpy as np
+
+from rlsearch import parallel
+from rlsearch.data import stops as stops_lib
+from rlsearch.data.tokenizer import Tokenizer
+from rlsearch.engines import memory, scoring
+from rlsearch.engines.lanes import Lane
+from rlsearch.engines.pages import Memory
+from rlsearch.engines.schedule import Schedule
+from rlsearch.engines.turns import to_turn
+from rlsearch.models import decode, paged as paged_model
+from rlsearch.models.config import ModelConfig
+from rlsearch.models.model import Model
+from rlsearch.models.paged import Pool
+from rlsearch.types import Engine, Ids
+
+
+class Programs(NamedTuple):
+  """What is compiled: `prefill` for one row and for several, `decode` for each lane, once a width."""
+  unstack: Any
+  pool: Any
+  prefill: Any
+  decode: tuple[Any, ...]
+
+
+def paged(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *, rows: int, contexts: Sequence[int],
+          max_new_tokens: int, page_tokens: int, steps: int, chunk_rows: int, chunk_tokens: int, members: int = 1,
+          num_pages: int = 0, memory_share: float = 0.8, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
+          logit_bias: Mapping[int, float] = types.MappingProxyType({})) -> Engine:
+  """Returns an engine that keeps what it has computed.
+
+  A path's keys and values stay in pages of a pool across turns; an observation is prefilled behind them, piece by piece,
+  and nothing is computed twice.  Branches of one context share its pages: a fork copies at most the page that both
+  write to.  A branch sits in a slot only while it decodes; while it searches, another one does.  One poll takes what
+  the device has done, hands it the next slice of steps, and returns while that runs.
+
+  What a branch samples depends on its key and its path alone, bit for bit on one machine: not on its slot, its
+  neighbours, the number of slots in use, or on when a search came back.  (Branches that were put back for want of
+  pages are prefilled where they would have been decoded, which rounds differently; `put_back` counts them.)  Other
+  values of `rows`, `members`, `chunk_*` or `page_tokens` are other programs and round differently, too.
+
+  Paged keys and values: Kwon et al. 2023, Sec. 4, https://arxiv.org/abs/2309.06180; shared prefixes read once: Juravsky
+  et al. 2024, Sec. 3, https://arxiv.org/abs/2402.05099.
+
+  Args:
+    model: whose policy samples.
+    tok: for the bytes of tokens and the end token.
+    stops: strings that end a turn; the completing token is kept whole.
+    mesh: the sampler's own: each device of data x fsdp has slots and a pool of its own; heads are divided over tensor.
+    rows: slots, all devices together.
+    contexts: lengths, rising; programs are made for contexts up to each of them.
+    max_new_tokens: what a turn may sample.
+    page_tokens: S.
+    steps: most steps of a slice, at most a page's tokens.  Fewer: searches start sooner, the host has more to do.
+    chunk_rows, chunk_tokens: shape of the pieces in which contexts are prefilled; the rows are a device's.
+    members: branches that continue one context decode in groups of so many, which read its pages once; 1: never.
+    num_pages: of a device; 0 plans it (engines.memory).
+    memory_share: of what is free, for that plan.
+    top_k, top_p, min_p, logit_bias: what may be drawn, see models.decode.Restriction.
+
+  Raises:
+    ValueError: impossible sizes, here; a request that can never fit, in submit.
+  """
+  shards = mesh.size // mesh.shape['tensor']
+  _check(rows, shards, members, page_tokens, steps, chunk_rows, chunk_tokens, max_new_tokens)
+  widths = memory.widths_of(contexts, max_new_tokens, page_tokens)
+  own_width = (page_tokens - 2 + max_new_tokens) // page_tokens + 1              # a page begun, and a whole turn
+  each = rows // shards
+  plan = memory.plan(model.config, mesh, num_pages=num_pages, page_tokens=page_tokens, rows=each, members=members,
+                     widths=widths, own_width=own_width, share=memory_share)
+  rule = decode.restriction(tok.vocab_size, top_k, top_p, min_p, logit_bias)
+  lanes = [Lane(shards, each, 1, page_tokens, widths, widths)]
+  if members > 1:
+    lanes.append(Lane(shards, each, members, page_tokens, widths, (own_width,)))
+  program = _programs(model.config, tok, mesh, [lane.members for lane in lanes], steps, rule, plan, page_tokens)
+  automaton = parallel.to_replicated(stops_lib.automaton(tok.token_bytes, stops), mesh)
+  schedule = Schedule(lanes, [Memory(plan.num_pages, plan.num_rows) for _ in range(shards)], page_tokens=page_tokens,
+                      max_new_tokens=max_new_tokens, steps=steps, chunk_rows=chunk_rows, chunk_tokens=chunk_tokens,
+                      width=widths[-1])
+  read = scoring.reader(scoring.mean_logp(model.config), mesh, rows, contexts)
+  return _engine(tok, program, schedule, automaton, read, plan)
+
+
+def _engine(tok: Tokenizer, program: Programs, schedule: Schedule, automaton: jax.Array, read: scoring.Reader,
+            plan: memory.Plan) -> Engine:
+  """The six functions of an engine over one state."""
+  state = {'params': None, 'whole': None, 'version': -1, 'pool': program.pool(), 'flying': [], 'scored_tokens': 0}
+
+  def set_params(params, version):
+    state['flying'].clear()                              # sampled by the old policy, and thrown away
+    schedule.restart()
+    state.update(whole=params, params=program.unstack(params), version=version)
+
+  def land():
+    finished = []
+    for lane, out in state['flying']:
+      for branch, stopped in schedule.take(lane, jax.device_get(out)):
+        finished.append((branch.request, to_turn(tok, branch.request, branch.ids, branch.logps, stopped, state['version'])))
+    state['flying'].clear()
+    return finished
+
+  def launch():
+    pool = state['pool']
+    while (chunk := schedule.next_chunk()) is not None:
+      pool = program.prefill(state['params'], pool, chunk)
+    for lane, run in zip(schedule.lanes, program.decode, strict=True):
+      work = schedule.next_slice(lane)
+      if work is not None:
+        pool, out = run(state['params'], pool, work, automaton)
+        state['flying'].append((lane, out))
+    state['pool'] = pool
+    schedule.dispatched()
+    if schedule.waiting and not state['flying']:
+      raise RuntimeError(f'{len(schedule.waiting)} branches wait and none can run: {plan.describe()}')
+
+  def poll():
+    finished = land()
+    launch()
+    return finished
+
+  def logprob(prefixes: Sequence[Ids], targets: Sequence[Ids]) -> np.ndarray:
+    whole = [np.concatenate([prefix, target]) for prefix, target in zip(prefixes, targets, strict=True)]
+    state['scored_tokens'] += sum(map(len, whole))
+    return read(state['whole'], whole, [np.arange(len(w)) >= len(p) for w, p in zip(whole, prefixes, strict=True)])
+
+  def take_counts():
+    peak = max(m.pages.peak for m in schedule.memories)
+    taken = {**schedule.counts, 'scored_tokens': state['scored_tokens'], 'kv_pages_peak': peak,
+             'kv_pages': plan.num_pages - 1}
+    schedule.counts.update(dict.fromkeys(schedule.counts, 0))
+    state['scored_tokens'] = 0
+    return taken
+
+  return Engine(schedule.submit, poll, schedule.release, set_params, logprob, take_counts)
+
+
+def _check(rows, shards, members, page_tokens, steps, chunk_rows, chunk_tokens, max_new_tokens):
+  """Raises ValueError for sizes that no program has."""
+  for name, value in (('page_tokens', page_tokens), ('steps', steps), ('chunk_rows', chunk_rows),
+                      ('chunk_tokens', chunk_tokens), ('members', members), ('max_new_tokens', max_new_tokens)):
+    if value < 1:
+      raise ValueError(f'config.engine.{name}={value}: wants a positive number')
+  if rows < 1 or rows % shards:
+    raise ValueError(f'config.engine.rows={rows}: not a multiple of the sampler\'s {shards} devices')
+  if rows // shards % members:
+    raise ValueError(f'config.engine.members={members}: does not divide the {rows // shards} rows of a device')
+  if steps > page_tokens:
+    raise ValueError(f'config.engine.steps={steps}: more than page_tokens={page_tokens}')
+
+
+def _programs(config: ModelConfig, tok: Tokenizer, mesh: Mesh, members: Sequence[int], steps: int,
+              rule: decode.Restriction, plan: memory.Plan, page_tokens: int) -> Programs:
+  """The jitted programs, each device of data x fsdp on its own; over tensor, XLA divides the heads."""
+  alone = tuple(axis for axis in mesh.axis_names if axis != 'tensor')
+  manual = set(alone) if mesh.shape['tensor'] > 1 else set(mesh.axis_names)
+  shards = mesh.size // mesh.shape['tensor']
+  mine, everywhere = P(alone), P()
+  heads = 'tensor' if config.num_kv_heads % mesh.shape['tensor'] == 0 else None
+  page = NamedSharding(mesh, P(alone, heads))
+  pool_sharding = Pool((page,) * config.num_layers, (page,) * config.num_layers, NamedSharding(mesh, mine))
+
+  def on_each(fn, in_specs, out_specs):
+    return jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=manual, check_vma=False)
+
+  prefill = on_each(partial(paged_model.prefill_chunk, config), (everywhere, mine, mine), mine)
+  decodes = tuple(
+      jax.jit(on_each(partial(paged_model.decode_slice, config, steps, n, tok.vocab_size, tok.eos_id, rule),
+                      (everywhere, mine, mine, everywhere), (mine, mine)),
+              donate_argnums=1, out_shardings=(pool_sharding, NamedSharding(mesh, mine))) for n in members)
+  return Programs(
+      unstack=jax.jit(partial(paged_model.unstack, config)),
+      pool=jax.jit(lambda: paged_model.empty_pool(config, shards * plan.num_pages, page_tokens, shards * plan.num_rows),
+                   out_shardings=pool_sharding),
+      prefill=jax.jit(prefill, donate_argnums=1, out_shardings=pool_sharding), decode=decodes)
+
+

@@ -1,0 +1,205 @@
+"""Attention over a layout: which token sees which is said by one number a key, and the cost follows the visible pairs.
+
+Query i sees key j where j <= i < until[j] (types.Layout): a path's tokens lie in the order of a walk through their tree, so
+those that continue key j follow it without a gap.  `attend` is the one door; other kernels go behind it.
+
+In einsums: P sequences, M key/value heads, Q queries of a block with all heads of a group, K keys, H head size.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+SHORT = 256      # sequences up to here: blocks of queries against all keys to their left, written out
+BLOCK = 128      # longer ones: pairs of blocks of which a query sees a key, one after the other
+_NONE = -1e30
+
+
+def attend(until: jax.Array) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+  """Returns attention over a layout, (q [P, S, M, G, H], k [P, S, M, H], v [P, S, M, H]) -> [P, S, M, G, H].
+
+  o_i = Σ_j softmax_j(q_i · k_j) v_j over the keys j <= i < until[j], softmax in float32.  Queries come scaled.  Neither direction
+  holds more than one block of queries' scores at a time; the backward pass computes them again (Dao et al. 2022).
+
+  Args:
+    until: i32[P, S], of the layout; each token that matters sees itself.
+  """
+  if until.shape[1] <= SHORT:
+    return lambda q, k, v: _short(q, k, v, until)
+  pairs, count = visible_pairs(until, BLOCK)
+  return lambda q, k, v: _long(q, k, v, until, pairs, count)
+
+
+def sees(until: jax.Array) -> jax.Array:
+  """Returns bool[P, S, S]: whether query i sees key j."""
+  at = jnp.arange(until.shape[1])
+  return (at[None, None, :] <= at[None, :, None]) & (at[None, :, None] < until[:, None, :])
+
+
+def visible_pairs(until: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+  """Returns the pairs (block of queries, block of keys) of which any sequence sees something, and their number.
+
+  The pairs of one block of queries follow each other, its own block of keys first.
+
+  Args:
+    until: i32[P, S].
+    block: tokens of a block; the last one may be shorter.
+
+  Returns:
+    i32[N, 2] with N of all causal pairs, zeros behind the visible ones; i32[].
+  """
+  num = -(-until.shape[1] // block)
+  last = jnp.max(jnp.pad(until, ((0, 0), (0, num * block - until.shape[1]))).reshape(-1, num, block), axis=(0, 2))
+  i, back = jnp.arange(num)[:, None], jnp.arange(num)[None, :]
+  j = i - back
+  seen = (j >= 0) & ((last[jnp.maximum(j, 0)] > i * block) | (back == 0))
+  flat, = jnp.nonzero(seen.reshape(-1), size=num * (num + 1) // 2, fill_value=0)
+  return jnp.stack([flat // num, flat // num - flat % num], axis=1).astype(jnp.int32), jnp.sum(seen).astype(jnp.int32)
+
+
+def _by_heads(x):
+  """[P, T, M, G, H] (or without G) as [P, M, G·T, H]."""
+  x = x[:, :, :, None] if x.ndim == 4 else x
+  P, T, M, G, H = x.shape
+  return jnp.transpose(x, (0, 2, 3, 1, 4)).reshape(P, M, G * T, H)
+
+
+def _by_tokens(x, G):
+  """[P, M, G·T, H] as [P, T, M, G, H]."""
+  P, M, n, H = x.shape
+  return jnp.transpose(x.reshape(P, M, G, n // G, H), (0, 3, 1, 2, 4))
+
+
+def _scores(q, k, until, first_query, first_key):
+  """f32[P, M, Q, K] of a tile: q [P, M, Q, H] with its groups one behind the other, k [P, M, K, H], until [P, K]."""
+  groups, num_keys = q.shape[2], k.shape[2]
+  z = jnp.einsum('PMQH,PMKH->PMQK', q, k, preferred_element_type=jnp.float32)
+  num = first_query[1]
+  i = first_query[0] + jnp.arange(num)[:, None]
+  j = first_key + jnp.arange(num_keys)[None, :]
+  visible = (j <= i) & (i < until[:, None, :])                                      # [P, T, K]
+  z = z.reshape(z.shape[:2] + (groups // num, num, num_keys))
+  return jnp.where(visible[:, None, None], z, _NONE).reshape(z.shape[:2] + (groups, num_keys))
+
+
+def _tile_gradients(q, k, v, g, z, log_total, dot):
+  """Gradients of a tile: dq, dk, dv in float32.  p = exp(z - log Σ), dz = p (g vᵀ - Σ_h g o)."""
+  p = jnp.exp(z - log_total[..., None])
+  dp = jnp.einsum('PMQH,PMKH->PMQK', g, v, preferred_element_type=jnp.float32)
+  dz = (p * (dp - dot[..., None])).astype(q.dtype)
+  add = partial(jnp.einsum, preferred_element_type=jnp.float32)
+  return (add('PMQK,PMKH->PMQH', dz, k), add('PMQK,PMQH->PMKH', dz, q), add('PMQK,PMQH->PMKH', p.astype(g.dtype), g))
+
+
+## Short sequences: one block of queries after the other, each against all that is left of its end.
+
+def _short_blocks(length):
+  """[(first, end)] of up to eight blocks of queries, of a multiple of 32 tokens."""
+  size = max(64, -(-length // 256) * 32)
+  return [(first, min(first + size, length)) for first in range(0, length, size)]
+
+
+@jax.custom_vjp
+def _short(q, k, v, until):
+  return _short_forward(q, k, v, until)[0]
+
+
+def _short_forward(q, k, v, until):
+  G, (kh, vh) = q.shape[3], (_by_heads(k), _by_heads(v))
+  out, log_totals = [], []
+  for first, end in _short_blocks(q.shape[1]):
+    z = _scores(_by_heads(q[:, first:end]), kh[:, :, :end], until[:, :end], (first, end - first), 0)
+    largest = jnp.max(z, axis=-1, keepdims=True)
+    e = jnp.exp(z - largest)
+    total = jnp.sum(e, axis=-1, keepdims=True)
+    o = jnp.einsum('PMQK,PMKH->PMQH', e.astype(v.dtype), vh[:, :, :end], preferred_element_type=jnp.float32) / total
+    out.append(_by_tokens(o.astype(v.dtype), G))
+    log_totals.append((largest + jnp.log(total))[..., 0])
+  out = jnp.concatenate(out, axis=1)
+  return out, (q, k, v, until, out, log_totals)
+
+
+def _short_backward(saved, g):
+  q, k, v, until, out, log_totals = saved
+  G, (kh, vh) = q.shape[3], (_by_heads(k), _by_heads(v))
+  dot = jnp.sum(g.astype(jnp.float32) * out, axis=-1, keepdims=True)
+  dq, dk, dv = [], 0.0, 0.0
+  for (first, end), log_total in zip(_short_blocks(q.shape[1]), log_totals, strict=True):
+    here = slice(first, end)
+    qh, gh, keys, values = _by_heads(q[:, here]), _by_heads(g[:, here]), kh[:, :, :end], vh[:, :, :end]
+    z = _scores(qh, keys, until[:, :end], (first, end - first), 0)
+    dq_, dk_, dv_ = _tile_gradients(qh, keys, values, gh, z, log_total, _by_heads(dot[:, here])[..., 0])
+    dq.append(_by_tokens(dq_, G))
+    behind = ((0, 0), (0, 0), (0, k.shape[1] - end), (0, 0))
+    dk, dv = dk + jnp.pad(dk_, behind), dv + jnp.pad(dv_, behind)
+  dk, dv = (_by_tokens(x, 1)[:, :, :, 0] for x in (dk, dv))
+  return jnp.concatenate(dq, axis=1).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_short.defvjp(_short_forward, _short_backward)
+
+
+## Long sequences: one visible pair of blocks after the other, with the running softmax of Milakov and Gimelshein 2018.
+
+def _blocks(x):
+  """[P, S, ...] as blocks of heads, [S / BLOCK, P, M, G·BLOCK, H]; S is padded with zeros."""
+  num = -(-x.shape[1] // BLOCK)
+  x = jnp.pad(x, ((0, 0), (0, num * BLOCK - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
+  x = jnp.moveaxis(x.reshape((x.shape[0], num, BLOCK) + x.shape[2:]), 1, 0)
+  return jax.vmap(_by_heads)(x)
+
+
+def _unblock(x, G, length):
+  """The inverse of `_blocks`: [P, S, M, G, H]."""
+  x = jnp.moveaxis(jax.vmap(lambda b: _by_tokens(b, G))(x), 0, 1)
+  return x.reshape((x.shape[0], -1) + x.shape[3:])[:, :length]
+
+
+def _key_until(until):
+  num = -(-until.shape[1] // BLOCK)
+  return jnp.moveaxis(jnp.pad(until, ((0, 0), (0, num * BLOCK - until.shape[1]))).reshape(-1, num, BLOCK), 1, 0)
+
+
+@jax.custom_vjp
+def _long(q, k, v, until, pairs, count):
+  return _long_forward(q, k, v, until, pairs, count)[0]
+
+
+def _long_forward(q, k, v, until, pairs, count):
+  qb, kb, vb, ub = _blocks(q), _blocks(k), _blocks(v), _key_until(until)
+  def body(n, carry):
+    out, largest, total = carry
+    i, j = pairs[n, 0], pairs[n, 1]
+    z = _scores(qb[i], kb[j], ub[j], (i * BLOCK, BLOCK), j * BLOCK)
+    before, new = largest[i], jnp.maximum(largest[i], jnp.max(z, axis=-1))
+    e, scale = jnp.exp(z - new[..., None]), jnp.exp(before - new)
+    add = jnp.einsum('PMQK,PMKH->PMQH', e.astype(v.dtype), vb[j], preferred_element_type=jnp.float32)
+    return (out.at[i].set(out[i] * scale[..., None] + add), largest.at[i].set(new),
+            total.at[i].set(total[i] * scale + jnp.sum(e, axis=-1)))
+  rows = qb.shape[:-1]
+  start = (jnp.zeros(qb.shape, jnp.float32), jnp.full(rows, _NONE, jnp.float32), jnp.zeros(rows, jnp.float32))
+  out, largest, total = jax.lax.fori_loop(0, count, body, start)
+  out = _unblock(out / total[..., None], q.shape[3], q.shape[1]).astype(v.dtype)
+  return out, (q, k, v, until, pairs, count, out, largest + jnp.log(total))
+
+
+def _long_backward(saved, g):
+  q, k, v, until, pairs, count, out, log_total = saved
+  qb, kb, vb, gb, ub = _blocks(q), _blocks(k), _blocks(v), _blocks(g), _key_until(until)
+  dot = _blocks(jnp.sum(g.astype(jnp.float32) * out, axis=-1, keepdims=True))[..., 0]
+  def body(n, carry):
+    dq, dk, dv = carry
+    i, j = pairs[n, 0], pairs[n, 1]
+    z = _scores(qb[i], kb[j], ub[j], (i * BLOCK, BLOCK), j * BLOCK)
+    more = _tile_gradients(qb[i], kb[j], vb[j], gb[i], z, log_total[i], dot[i])
+    return dq.at[i].add(more[0]), dk.at[j].add(more[1]), dv.at[j].add(more[2])
+  zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (qb, kb, vb))
+  dq, dk, dv = jax.lax.fori_loop(0, count, body, zeros)
+  back = lambda x, like, groups: _unblock(x, groups, like.shape[1]).astype(like.dtype)
+  return (back(dq, q, q.shape[3]), back(dk, k, 1)[:, :, :, 0], back(dv, v, 1)[:, :, :, 0], None, None, None)
+
+
+_long.defvjp(_long_forward, _long_backward)

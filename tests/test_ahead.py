@@ -1,0 +1,182 @@
+"""Rollouts beside updates: what runs when, whose policy samples, and what a stop and a failure leave."""
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from unittest import mock
+
+from etils import epath
+import jax
+import numpy as np
+import pytest
+
+import small_run
+from rlsearch import engines, services
+from rlsearch.rollout import ahead
+from small_run import RL
+from test_train import QUIET, updates
+
+LONG = 20.0
+
+
+class TestMake:
+
+  @staticmethod
+  def gated():
+    """Rollouts that end when they are let go, and the events (entered, let go) by step."""
+    events = {step: (threading.Event(), threading.Event()) for step in range(4)}
+    def sample(step, position, hypers, part):
+      with part('rollout'):
+        events[step][0].set()
+        assert events[step][1].wait(LONG)
+      if hypers == 'fail':
+        raise OSError(f'step {step}')
+      return step, position, hypers, threading.current_thread() is threading.main_thread()
+    return ahead.make(sample), events
+
+  def test_one_that_was_not_begun_is_sampled_now_and_timed(self):
+    rollouts, events = self.gated()
+    events[0][1].set()
+    part = mock.MagicMock()
+    assert rollouts.take(0, 7, 'h', part) == (0, 7, 'h', True)
+    part.assert_called_once_with('rollout')
+
+  def test_one_that_was_begun_runs_beside_and_keeps_what_it_began_with(self):
+    rollouts, events = self.gated()
+    rollouts.begin(1, 7, 'then')
+    assert events[1][0].wait(LONG)                               # it runs, and nobody waits
+    events[1][1].set()
+    rollouts.wait()
+    assert rollouts.take(1, 99, 'now', None) == (1, 7, 'then', False)
+    events[2][1].set()
+    assert rollouts.take(2, 8, 'now', mock.MagicMock()) == (2, 8, 'now', True)        # nothing of the first is left
+
+  def test_waiting_ends_with_it_and_not_before(self):
+    rollouts, events = self.gated()
+    rollouts.wait()                                              # for nothing
+    rollouts.begin(1, 0, 'h')
+    waited = threading.Thread(target=rollouts.wait)
+    waited.start()
+    waited.join(0.05)
+    assert waited.is_alive()
+    events[1][1].set()
+    waited.join(LONG)
+    assert not waited.is_alive()
+
+  def test_what_it_raises_is_raised_where_it_is_taken(self):
+    rollouts, events = self.gated()
+    events[1][1].set()
+    rollouts.begin(1, 0, 'fail')
+    rollouts.wait()
+    with pytest.raises(OSError, match='step 1'):
+      rollouts.take(1, 0, 'h', None)
+    events[2][1].set()
+    rollouts.begin(2, 0, 'h')
+    assert rollouts.take(2, 0, 'h', None)[0] == 2
+
+  def test_one_at_a_time(self):
+    rollouts, events = self.gated()
+    rollouts.begin(1, 0, 'h')
+    with pytest.raises(ValueError, match='a rollout of step 1 is on its way; one of step 2 cannot begin'):
+      rollouts.begin(2, 0, 'h')
+    events[1][1].set()
+
+
+class Run:
+  """The RL stage of the small run, from its initial values: what each step trained, and who used the engine when."""
+
+  def __init__(self, folder, entries, steps=4):
+    config = small_run.claimed(small_run.changed(QUIET | entries))['stages'][RL]
+    config['steps'] = steps
+    shared = services.shared(config, services.environment(config), epath.Path(folder))
+    self.versions, self.threads, self.given, self.taken_away = [], set(), {}, []
+    name = config['engine']['name']
+    make = getattr(engines, name)
+
+    @functools.wraps(make)
+    def watched(*args, **kwargs):
+      engine, busy = make(*args, **kwargs), set()
+      def submit(requests):
+        busy.update(r.uid for r in requests)
+        engine.submit(requests)
+      def poll():
+        self.threads.add(threading.current_thread().name.split('_')[0])
+        if threading.current_thread() is not threading.main_thread():
+          time.sleep(0.3)                                      # longer than an update of this model takes
+        found = engine.poll()
+        busy.difference_update(request.uid for request, _ in found)
+        return found
+      def set_params(params, version):
+        assert not busy, 'new parameters while something is sampled'
+        self.taken_away += [version for x in jax.tree.leaves(self.given) if x.is_deleted()]
+        self.versions.append(version)
+        self.given = params
+        engine.set_params(params, version)
+      return engine._replace(submit=submit, poll=poll, set_params=set_params)
+    with mock.patch.object(engines, name, watched):
+      self.steps = updates(config, RL, epath.Path(folder) / RL, shared)
+    self.lines = small_run.lines(folder / RL / 'metrics.jsonl')
+
+  def tokens(self, step):
+    return self.steps[step][0].traj.tokens
+
+
+BESIDE = {'updates.off_policy_steps': 1, 'updates.old_logp': 'sampler', 'schedule.lr.start': 0.1, 'schedule.lr.stop': 0.1}
+STILL = {**BESIDE, 'updates.off_policy_steps': 0, 'schedule.lr.start': 0.0, 'schedule.lr.stop': 0.0}
+
+
+@pytest.fixture(scope='module')
+def beside(tmp_path_factory):
+  return Run(tmp_path_factory.mktemp('beside'), BESIDE, steps=3)
+
+
+@pytest.fixture(scope='module')
+def still(tmp_path_factory):
+  """A run in turn whose policy stays as it was."""
+  return Run(tmp_path_factory.mktemp('still'), STILL, steps=3)
+
+
+class TestTraining:
+
+  def test_rows_are_one_version_old_behind_the_first_step(self, beside, still):
+    for name in ('rollout/staleness', 'rollout/staleness_max'):
+      assert [line[name] for line in beside.lines] == [0, 1, 1] and [line[name] for line in still.lines] == [0, 0, 0]
+    assert beside.versions == still.versions == [0, 1, 2, 3]                   # the last for an evaluation
+    assert beside.threads == {'MainThread', 'rollout'} and still.threads == {'MainThread'}
+    assert not beside.taken_away                                               # no update took what the sampler reads
+
+  def test_it_is_the_policy_of_the_step_before_that_samples(self, beside, still):
+    # The one that stands still samples steps 0 and 1 with the initial policy; so does this one, and no later step.
+    assert [np.array_equal(beside.tokens(step), still.tokens(step)) for step in range(3)] == [True, True, False]
+
+  def test_the_first_optimizer_step_sees_an_older_sampler(self, beside, still):
+    gaps = [[line['rollout/logp_gap'] for line in run.lines] for run in (beside, still)]
+    assert max(gaps[1] + gaps[0][:1]) < 1e-4 < min(gaps[0][1:])
+
+  def test_questions_and_costs_are_each_steps_own(self, beside, still):
+    prompts = lambda run: [{tuple(x) for x in np.where(s[0].traj.role == 0, s[0].traj.tokens, 0)[:16].tolist()}
+                           for s in run.steps]
+    assert prompts(beside) == prompts(still) and len(set().union(*prompts(beside))) == 12
+    for line, (packed, *_) in zip(beside.lines, beside.steps, strict=True):
+      assert line['cost/generated_tokens'] == (packed.traj.role == 1).sum() > 0 and not line['cost/eval_generated_tokens']
+      parts = sum(v for k, v in line.items() if k.startswith('time/') and k != 'time/step')
+      assert parts == pytest.approx(line['time/step'], rel=0.01, abs=0.02)
+
+  @pytest.mark.slow
+  def test_a_run_that_goes_on_samples_afresh_with_the_policy_that_it_saved(self, tmp_path):
+    Run(tmp_path, BESIDE, steps=2)
+    again = Run(tmp_path, BESIDE, steps=4)
+    assert [line['step'] for line in again.lines] == [0, 1, 2, 3]
+    assert [line['rollout/staleness'] for line in again.lines] == [0, 1, 0, 1] and len(again.steps) == 2
+
+  @pytest.mark.slow
+  def test_evaluations_and_a_stop_find_nobody_sampling(self, tmp_path):
+    # With evaluations at every step; stopped behind two of four steps of the second stage, then continued.
+    config = small_run.changed({**BESIDE, 'evals.every': 1})
+    path = tmp_path / RL / 'metrics.jsonl'
+    assert not small_run.run(config, tmp_path, small_run.after(path, 2))
+    assert small_run.run(config, tmp_path)
+    assert [line['rollout/staleness'] for line in small_run.lines(path)] == [0, 1, 0, 1]
+    evals = [(e['step'], e['mode'], e['failed']) for e in small_run.lines(tmp_path / RL / 'evals.jsonl')]
+    assert evals == [(step, mode, 0) for step in range(5) for mode in ('sampled', 'greedy')]
