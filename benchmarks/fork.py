@@ -81,7 +81,7 @@ def compare_groups(args, size: int, peer, machine) -> tuple[list[tuple], dict]:
   if reason:
     common.say(f'group of {size}: {reason}')
   else:
-    ours = common.make_engine(args, rows=size, contexts=[args.prompt], max_new_tokens=args.action,
+    ours = common.make_engine(args, rows=size, contexts=[args.prompt], max_new_tokens=args.action, chunk_rows=1,
                               members=min(size, args.members))
     common.say(f'group of {size}: ours: compilation and warm-up')
     group(ours.engine, prompts[-1], size, args.action, args.repeats)
@@ -114,10 +114,10 @@ def compare_slate(args, machine: limits.Machine) -> tuple[list[tuple], dict]:
   import numpy as np
   config = common.model_config(args)
   work = rollout.Work(1, args.steps, args.slate_action, args.observation, args.slate_prompt)
-  ours = common.make_engine(args, rows=args.candidates, contexts=work.contexts, max_new_tokens=work.action,
+  ours = common.make_engine(args, rows=args.candidates, contexts=work.contexts, max_new_tokens=work.action, chunk_rows=1,
                             members=args.candidates)
   # The trajectory gets an engine of one row: no padding slows what the candidates are held against.
-  alone = common.make_engine(args, rows=1, contexts=work.contexts, max_new_tokens=work.action)
+  alone = common.make_engine(args, rows=1, contexts=work.contexts, max_new_tokens=work.action, chunk_rows=1)
 
   def run(made, candidates, repetition):
     rng = np.random.default_rng(repetition)

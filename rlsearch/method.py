@@ -152,7 +152,7 @@ def _check_sampler(config: Mapping[str, Any]) -> None:
                      '(config.train_roles); wants the role policy alone')
   if isinstance(steps, bool) or steps not in (0, 1):
     raise ValueError(f'config.updates.off_policy_steps={steps!r}; known: 0, 1')
-  # A module's labels and an expert's turns are not the policy's: whoever sampled them, the gradient is that of the loss.
+  # A module's labels and an expert's turns are not the policy's: whoever sampled, the gradient is that of the loss.
   corrected = has_ratio and (entry or old_logp == 'sampler')
   if steps and not corrected and name != 'turn_score' and config['sampling'].get('name') != 'demonstrations':
     raise ValueError(f'config.updates.off_policy_steps={steps}: an older policy sampled the rows, and nothing in '

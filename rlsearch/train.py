@@ -91,7 +91,8 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
   # Host: questions -> forest -> episodes -> rewards.
   def sample(step, position, hypers, part):
     with part('rollout'):
-      grown = grow(parallel.own(position), parallel.share(config['data']['questions_per_step']), (seed, step), hypers, stop)
+      grown = grow(parallel.own(position), parallel.share(config['data']['questions_per_step']), (seed, step),
+                   hypers, stop)
     if stop():
       return ahead.Rollout(hypers, grown)
     with part('score'):
@@ -101,7 +102,7 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
     return ahead.Rollout(hypers, grown, rows, episodes, scored, engine.counts())
 
   rollouts = ahead.make(sample)
-  beside   = program.options.off_policy_steps > 0             # a step's rollout runs beside the update of the one before
+  beside   = program.options.off_policy_steps > 0             # the next step's rollout runs beside this one's update
 
   for step in range(first, config['steps']):
     with clock.part('rollout'):
@@ -142,7 +143,8 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
 
     run = Run(state.replace(step=state.step + 1), run.memory, position)
     used = used_rows(advantage[:len(rows)], program.options)
-    summary = {**metrics, **logs.staleness(episodes, step), **sums, 'cost/distinct_tokens': pack_lib.distinct_tokens(grown.forest, rows, used),
+    summary = {**metrics, **logs.staleness(episodes, step), **sums,
+               'cost/distinct_tokens': pack_lib.distinct_tokens(grown.forest, rows, used),
                'cost/update_tokens': int(packed.lengths[:len(rows)][used].sum()), **{f'cost/{k}': v for k, v in counts.items()},
                **{f'cost/eval_{k}': v for k, v in held_out.items()},
                **{f'hyper/{k}': v for k, v in hypers.items()}, 'rollout/forest_tokens': int(packed.lengths.sum())}

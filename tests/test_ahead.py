@@ -122,7 +122,8 @@ class Run:
     return self.steps[step][0].traj.tokens
 
 
-BESIDE = {'updates.off_policy_steps': 1, 'updates.old_logp': 'sampler', 'schedule.lr.start': 0.1, 'schedule.lr.stop': 0.1}
+BESIDE = {'updates.off_policy_steps': 1, 'updates.old_logp': 'sampler', 'schedule.lr.start': 0.1,
+          'schedule.lr.stop': 0.1}
 STILL = {**BESIDE, 'updates.off_policy_steps': 0, 'schedule.lr.start': 0.0, 'schedule.lr.stop': 0.0}
 
 
@@ -159,7 +160,8 @@ class TestTraining:
                            for s in run.steps]
     assert prompts(beside) == prompts(still) and len(set().union(*prompts(beside))) == 12
     for line, (packed, *_) in zip(beside.lines, beside.steps, strict=True):
-      assert line['cost/generated_tokens'] == (packed.traj.role == 1).sum() > 0 and not line['cost/eval_generated_tokens']
+      assert line['cost/generated_tokens'] == (packed.traj.role == 1).sum() > 0
+      assert not line['cost/eval_generated_tokens']
       parts = sum(v for k, v in line.items() if k.startswith('time/') and k != 'time/step')
       assert parts == pytest.approx(line['time/step'], rel=0.01, abs=0.02)
 

@@ -145,7 +145,8 @@ PLANS = {
     'shared prefix, no forced answer': (lambda: sampling.shared_prefix(
         num_candidates=2, select_temperature=0.0, select_normalize_std=False, scored_by=JUDGED, force_answer=False),
         {name: getattr(rewards, f'judge_{long}')() for name, long in zip(JUDGED, ('thinking', 'query', 'answer'))})}
-TURNS = ('<think>t</think><search>q</search>', '<search>p</search>', '<think>u</think><answer>a</answer>', 'neither', 'x' * 90)
+TURNS = ('<think>t</think><search>q</search>', '<search>p</search>', '<think>u</think><answer>a</answer>', 'neither',
+         'x' * 90)
 
 
 class TestCausesOfEnding:
@@ -166,7 +167,8 @@ class TestCausesOfEnding:
     tools, rng, key = fakes.tools(serve), np.random.default_rng(seed), (seed, 1)
     shown = [fakes.question(i, demonstration=[TURNS[j] for j in rng.integers(0, 4, 1 + i)]) for i in range(4)]
     hypers = {'temperature': 1.0, **{f'weight/{name}': 1.0 for name in terms}}
-    grow = grow_lib.make_grow(make(), terms, fakes.source(shown), fakes.render(**budgets), fakes.engine(say, rng), tools)
+    grow = grow_lib.make_grow(make(), terms, fakes.source(shown), fakes.render(**budgets), fakes.engine(say, rng),
+                              tools)
     grown = grow(Cursor(0, 1), 6, key, hypers, lambda: False)
     episodes = [forest_lib.episode(grown.forest, row, key) for row in make().rows(grown.forest)]
     scored = score_lib.score_rows(terms, episodes, grown.outcomes, tools, 4)
@@ -211,8 +213,8 @@ class TestStaleness:
 
   def test_by_hand(self):
     # Versions 3 and 4 against 5; the forced turn has none; the turn that two rows hold counts once.
-    first, other, forced = fakes.turn('a')._replace(policy_version=3), fakes.turn('b')._replace(policy_version=4), fakes.turn(
-        '', forced='c')._replace(policy_version=-1)
+    first, other = (fakes.turn(text)._replace(policy_version=version) for text, version in (('a', 3), ('b', 4)))
+    forced = fakes.turn('', forced='c')._replace(policy_version=-1)
     one, two = fakes.episode(first, other), fakes.episode(first, forced)
     two = two._replace(keys=(one.keys[0], (0, 0, 0, 0, 0, 7)))
     assert logs.staleness([one, two], 5) == {'rollout/staleness': 1.5, 'rollout/staleness_max': 2.0}

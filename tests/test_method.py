@@ -151,9 +151,11 @@ class TestCheck:
       method.check(but('objective.correction', entry, stale))
     method.check(but('updates.old_logp', 'sampler', stale))
     for entry in ('', {}, None):
-      with pytest.raises(ValueError, match='config.updates.off_policy_steps=1: an older policy sampled the rows, and nothing '
-                                           "in config.objective.name='clipped_surrogate', config.updates.old_logp='trainer' "
-                                           'corrects for that; wants a surrogate with config.objective.correction, or with '
+      with pytest.raises(ValueError, match='config.updates.off_policy_steps=1: an older policy sampled the rows, and '
+                                           "nothing in config.objective.name='clipped_surrogate', "
+                                           "config.updates.old_logp='trainer' "
+                                           'corrects for that; wants a surrogate with '
+                                           'config.objective.correction, or with '
                                            "old_logp='sampler'"):
         method.check(stale if entry is None else but('objective.correction', entry, stale))
     method.check(but('updates.off_policy_steps', 1, config(**COLD)))         # an expert's turns are nobody's policy
@@ -166,11 +168,12 @@ class TestCheck:
       *[(but('updates.off_policy_steps', steps), f'config.updates.off_policy_steps={steps!r}; known: 0, 1')
         for steps in (2, -1, True, 'one')],
       (but('objective.correction', dict(name='masked'), but('updates.old_logp', 'sampler')),
-       "config.objective.correction={'name': 'masked'}: with config.updates.old_logp='sampler' the old policy is the sampler, so "
-       "every weight would be 1 and the ratio of the objective corrects by itself; wants old_logp='trainer', or no correction"),
+       "config.objective.correction={'name': 'masked'}: with config.updates.old_logp='sampler' the old policy is the "
+       'sampler, so every weight would be 1 and the ratio of the objective corrects by itself; wants '
+       "old_logp='trainer', or no correction"),
       (but('objective.correction', dict(name='masked'), but('train_roles', dict(policy=1.0, forced=0.5))),
-       "config.objective.correction={'name': 'masked'}: the sampler has no log-probability of ['forced'] (config.train_roles); "
-       'wants the role policy alone'),
+       "config.objective.correction={'name': 'masked'}: the sampler has no log-probability of ['forced'] "
+       '(config.train_roles); wants the role policy alone'),
       (but('model.reference', False), 'config.schedule.kl_coef=0.001: a divergence wants a reference; config.model.reference=False'),
       (but('schedule.kl_coef', dict(name='linear', start=0., stop=1., steps=9), but('model.reference', False)),
        'a divergence wants a reference; config.model.reference=False'),

@@ -1,4 +1,4 @@
-"""Importance corrections between sampler and trainer: golden, against loops in float64, and what they must not touch."""
+"""Importance corrections between sampler and trainer: golden, against loops in float64, what they must not touch."""
 from __future__ import annotations
 
 import math
@@ -81,7 +81,8 @@ class TestGolden:
     assert metrics['correction_mean'] == pytest.approx((3 + math.exp(-1)) / 3)
     weight, metrics = weigh(dict(MASKED, level='token'), [[1, 0, -1]])
     np.testing.assert_allclose(weight, [[0, 1, 0]])
-    assert metrics['correction_clipped_share'] == pytest.approx(2 / 3) and metrics['correction_mean'] == pytest.approx(1 / 3)
+    assert metrics['correction_clipped_share'] == pytest.approx(2 / 3)
+    assert metrics['correction_mean'] == pytest.approx(1 / 3)
 
   def test_a_row_is_weighed_by_what_it_trains(self):
     # The second row's first token is another row's: 0.3 alone is left.
@@ -98,7 +99,8 @@ class TestGolden:
     for level in mismatch.LEVELS:
       for value in (-np.inf, -1e30, -21.0):
         np.testing.assert_allclose(weigh(dict(TRUNCATED, level=level), [[value]])[0], math.exp(-20), rtol=1e-5)
-      np.testing.assert_allclose(weigh(dict(name='truncated', level=level, cap=1e30), [[1e30]])[0], math.exp(20), rtol=1e-5)
+      wide = dict(name='truncated', level=level, cap=1e30)
+      np.testing.assert_allclose(weigh(wide, [[1e30]])[0], math.exp(20), rtol=1e-5)
 
   def test_effective_sample_size(self):
     # Weights 2, 1, 1, 0: (4)² / (4 · 6) = 2/3, over all optimizer steps together.
@@ -123,7 +125,8 @@ class TestEveryRule:
       np.testing.assert_allclose(np.asarray(weight)[own], wanted[own], rtol=2e-5)
       bounded += acted[own].sum()
       found = {name: float(x.mean()) for name, x in metrics.items()}
-      assert found == pytest.approx({'correction_mean': wanted[own].mean(), 'correction_square': (wanted[own] ** 2).mean(),
+      assert found == pytest.approx({'correction_mean': wanted[own].mean(),
+                                     'correction_square': (wanted[own] ** 2).mean(),
                                      'correction_clipped_share': acted[own].mean()}, rel=1e-4)
     assert bounded > 0
 
@@ -180,8 +183,8 @@ class TestEntries:
 
   def test_without_one_the_loss_is_what_it_was_bit_for_bit(self):
     traj, snapshot, rng = example(1)
-    args = (fakes.outputs(snapshot.logp + 0.1), traj, fakes.credit(rng.normal(size=traj.tokens.shape).astype(np.float32)),
-            snapshot, PLAIN)
+    advantage = fakes.credit(rng.normal(size=traj.tokens.shape).astype(np.float32))
+    args = fakes.outputs(snapshot.logp + 0.1), traj, advantage, snapshot, PLAIN
     for entry in ('', {}):
       one, two = (objectives.clipped_surrogate(**SURROGATE, **e)(*args) for e in ({}, {'correction': entry}))
       jax.tree.map(np.testing.assert_array_equal, one, two)
@@ -190,13 +193,14 @@ class TestEntries:
     # The second of three is forced, so the sampler says nothing of it: weight 1 by itself, its row's in a row.
     traj, snapshot = rows([[0.2, 5.0, 0.1]])
     traj = traj.replace(role=np.int8([[POLICY, FORCED, POLICY]]))
-    weights = {level: np.asarray(mismatch.correction(dict(TRUNCATED, level=level))(traj, snapshot)[0]) for level in mismatch.LEVELS}
+    weights = {level: np.asarray(mismatch.correction(dict(TRUNCATED, level=level))(traj, snapshot)[0])
+               for level in mismatch.LEVELS}
     np.testing.assert_allclose(weights['token'], [[math.exp(0.2), 1, math.exp(0.1)]], rtol=1e-6)
     np.testing.assert_allclose(weights['sequence'], math.exp(0.3), rtol=1e-6)
     np.testing.assert_allclose(weights['geometric'], math.exp(0.15), rtol=1e-6)
 
   @pytest.mark.parametrize('entry, message', [
-      ('truncated', "config.objective.correction='truncated': wants '' or an entry with a name; known: .'masked', 'truncated'."),
+      ('truncated', "correction='truncated': wants '' or an entry with a name; known: .'masked', 'truncated'."),
       (dict(name='clipped'), 'wants .. or an entry with a name; known'),
       (dict(TRUNCATED), r"config.objective.correction .truncated..level: missing; wants .'level', 'cap'."),
       (dict(TRUNCATED, level='token', low=0.5), 'truncated..low: unknown'),

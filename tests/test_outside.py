@@ -439,7 +439,8 @@ class TestWorkers:
       return f'<search>q{n % 99}</search>' if n % 3 else '<answer>a</answer>'
     def grown(tools, rng=None):
       source = fakes.source([fakes.question(i) for i in range(4)])
-      run = grow_lib.make_grow(sampling.independent(num_samples=3), {}, source, fakes.render(), fakes.engine(say, rng), tools)
+      run = grow_lib.make_grow(sampling.independent(num_samples=3), {}, source, fakes.render(),
+                               fakes.engine(say, rng), tools)
       forest = run(Cursor(0, 1), 8, (1, 2), {'temperature': 1.0}, lambda: False).forest
       return [(q, n.path, n.ended, n.turn and n.turn.text, n.turn and n.turn.passages)
               for q, tree in forest.items() for n in tree.nodes]
@@ -467,7 +468,8 @@ class TestWatchdog:
     lone, other = 'seed 7, step 12, question 345, branch 0.2.1', 'seed 7, step 12, question 0, branch 0.1'
     times = r'out for 0\.\d s, 0\.\d s left'
     assert re.match('6 calls are out .search: 1 of 1 workers busy, 5 queued.; the oldest: '
-                    rf'search/action of {lone} .running, {times}.; search/action of {other} .waiting, {times}.; ', said[0])
+                    rf'search/action of {lone} .running, {times}.; '
+                    rf'search/action of {other} .waiting, {times}.; ', said[0])
     assert said[0].count('question') == 3 and '\n' not in said[0]
     assert all(r.levelno == logging.WARNING for r in caplog.records)
 
@@ -522,7 +524,8 @@ class TestLimits:
       (dict(per_tool={'search': {'deadline_seconds': 2}}),
        r"config\.tools\.per_tool\.search\.deadline_seconds=2: unknown entry; known: \['workers', 'max_batch', "),
       (dict(per_tool={'search': 3}), r"config\.tools\.per_tool\.search=3: wants entries among \['workers', "),
-      (dict(per_tool={'search': {'workers': -1}}), r'config\.tools\.per_tool\.search\.workers=-1: wants a positive whole number')])
+      (dict(per_tool={'search': {'workers': -1}}),
+       r'config\.tools\.per_tool\.search\.workers=-1: wants a positive whole number')])
   def test_impossible(self, entries, message):
     with pytest.raises(ValueError, match=message):
       outside.make({'search': echo}, LONG, own={'logprob': echo}, **entries)

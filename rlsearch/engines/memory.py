@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -98,3 +98,24 @@ def widths_of(contexts: Sequence[int], max_new_tokens: int, page_tokens: int) ->
   pages = [math.ceil(c / page_tokens) for c in contexts[:-1]]
   longest = math.ceil((contexts[-1] + max_new_tokens) / page_tokens)
   return tuple(sorted({*(p for p in pages if p < longest), longest}))
+
+
+class Measured:
+  """A jitted function compiled ahead of time, once a shape of its third argument; knows what its programs take.
+
+  A program compiled so is the one that runs, and tells its own peak: no estimate, and nothing is compiled twice.
+  """
+
+  def __init__(self, jitted: Any):
+    self._jitted, self.programs = jitted, {}
+
+  def __call__(self, params: Any, pool: Any, work: Any, *rest: Any) -> Any:
+    key = tuple(np.shape(x) for x in work)
+    if key not in self.programs:
+      self.programs[key] = self._jitted.lower(params, pool, work, *rest).compile()
+    return self.programs[key](params, pool, work, *rest)
+
+  def temporary_bytes(self) -> int:
+    """Returns the most that a program takes beside its arguments on one device; 0 where the compiler does not say."""
+    used = [program.memory_analysis() for program in self.programs.values()]
+    return max((u.temp_size_in_bytes for u in used if u is not None), default=0)

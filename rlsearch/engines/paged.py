@@ -26,7 +26,7 @@ from rlsearch.types import Engine, Ids
 
 
 class Programs(NamedTuple):
-  """What is compiled: `prefill` for one row and for several, `decode` for each lane, once a width."""
+  """What is compiled: `prefill` for whole pieces and for rests, `decode` for each lane, once a width."""
   unstack: Any
   pool: Any
   prefill: Any
@@ -94,7 +94,7 @@ def paged(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *, row
 def _engine(tok: Tokenizer, program: Programs, schedule: Schedule, automaton: jax.Array, read: scoring.Reader,
             plan: memory.Plan) -> Engine:
   """The six functions of an engine over one state."""
-  state = {'params': None, 'whole': None, 'version': -1, 'pool': program.pool(), 'flying': [], 'scored_tokens': 0}
+  state = {'params': None, 'whole': None, 'version': -1, 'pool': program.pool(), 'flying': [], 'idle': 0, 'scored_tokens': 0}
 
   def set_params(params, version):
     state['flying'].clear()                              # sampled by the old policy, and thrown away
@@ -120,7 +120,8 @@ def _engine(tok: Tokenizer, program: Programs, schedule: Schedule, automaton: ja
         state['flying'].append((lane, out))
     state['pool'] = pool
     schedule.dispatched()
-    if schedule.waiting and not state['flying']:
+    state['idle'] = 0 if state['flying'] or not schedule.waiting else state['idle'] + 1
+    if state['idle'] > 3:
       raise RuntimeError(f'{len(schedule.waiting)} branches wait and none can run: {plan.describe()}')
 
   def poll():
@@ -135,8 +136,10 @@ def _engine(tok: Tokenizer, program: Programs, schedule: Schedule, automaton: ja
 
   def take_counts():
     peak = max(m.pages.peak for m in schedule.memories)
+    pool = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state['pool']))
     taken = {**schedule.counts, 'scored_tokens': state['scored_tokens'], 'kv_pages_peak': peak,
-             'kv_pages': plan.num_pages - 1}
+             'kv_pages': plan.num_pages - 1, 'kv_bytes_planned': plan.total_bytes,
+             'kv_bytes_peak': pool + max(p.temporary_bytes() for p in (program.prefill, *program.decode))}
     schedule.counts.update(dict.fromkeys(schedule.counts, 0))
     state['scored_tokens'] = 0
     return taken
@@ -174,13 +177,13 @@ def _programs(config: ModelConfig, tok: Tokenizer, mesh: Mesh, members: Sequence
 
   prefill = on_each(partial(paged_model.prefill_chunk, config), (everywhere, mine, mine), mine)
   decodes = tuple(
-      jax.jit(on_each(partial(paged_model.decode_slice, config, steps, n, tok.vocab_size, tok.eos_id, rule),
+      memory.Measured(jax.jit(on_each(partial(paged_model.decode_slice, config, steps, n, tok.vocab_size, tok.eos_id, rule),
                       (everywhere, mine, mine, everywhere), (mine, mine)),
-              donate_argnums=1, out_shardings=(pool_sharding, NamedSharding(mesh, mine))) for n in members)
+              donate_argnums=1, out_shardings=(pool_sharding, NamedSharding(mesh, mine)))) for n in members)
   return Programs(
       unstack=jax.jit(partial(paged_model.unstack, config)),
       pool=jax.jit(lambda: paged_model.empty_pool(config, shards * plan.num_pages, page_tokens, shards * plan.num_rows),
                    out_shardings=pool_sharding),
-      prefill=jax.jit(prefill, donate_argnums=1, out_shardings=pool_sharding), decode=decodes)
+      prefill=memory.Measured(jax.jit(prefill, donate_argnums=1, out_shardings=pool_sharding)), decode=decodes)
 
 

@@ -29,7 +29,7 @@ class Schedule:
     memories: a device's each.
     page_tokens, max_new_tokens: S, and what a turn may sample.
     steps: of a slice.
-    chunk_rows, chunk_tokens: shapes of a chunk; a lone context has a program of its own.
+    chunk_rows, chunk_tokens: shape of a chunk; a short rest has a program of its own.
     width: pages of the longest path.
   """
 
@@ -103,9 +103,10 @@ class Schedule:
     pending = sorted((c for c in self.contexts.values() if not c.ready), key=lambda c: c.order)
     if not pending:
       return None
-    pieces = [[c for c in pending if c.shard == s][:self.chunk_rows] for s in range(len(self.memories))]
-    rows = 1 if max(map(len, pieces)) == 1 else self.chunk_rows
-    work, taken = lanes_lib.chunk(pieces, rows, self.chunk_tokens, self.page_tokens, self.width)
+    tokens = self._piece(pending[0])
+    pieces = [[c for c in pending if c.shard == s and self._piece(c) == tokens][:self.chunk_rows]
+              for s in range(len(self.memories))]
+    work, taken = lanes_lib.chunk(pieces, self.chunk_rows, tokens, self.page_tokens, self.width)
     for c, n in taken:
       c.done += n
       if c.borrowed:                                     # what is dispatched reads it before anything else can write it
@@ -114,6 +115,12 @@ class Schedule:
       self.counts['prefilled_tokens'] += n
     self.counts['padded_tokens'] += work.tokens.size - sum(n for _, n in taken)
     return work
+
+  def _piece(self, context: Context) -> int:
+    """Tokens of the program for a context's next piece: a quarter where that holds what is left.  Its own length alone
+    decides, or its neighbours would change how it rounds."""
+    small = max(1, self.chunk_tokens // 4)
+    return small if len(context.ids) - context.done <= small else self.chunk_tokens
 
   def next_slice(self, lane: Lane) -> Slice | None:
     """Returns the next slice of a lane; None if no branch of it can run."""
@@ -162,7 +169,7 @@ class Schedule:
   def _new_context(self, branch: Branch, key: tuple) -> Context | None:
     ids, S, parent = branch.path(), self.page_tokens, branch.request.parent
     span = match(self.spans, parent, ids)
-    shard = min(range(len(self.memories)), key=self._load) if span is None else span.shard
+    shard = min(range(len(self.memories)), key=lambda s: self.memories[s].pages.used) if span is None else span.shard
     done, memory = (0 if span is None else len(span.ids)), self.memories[shard]
     shared = memory.pages.share(span.pages[:-(-done // S)]) if span else []        # before room is made
     row = memory.rows.share([span.row]) if span and done == len(ids) else []
@@ -171,21 +178,17 @@ class Schedule:
       memory.pages.drop(shared)
       memory.rows.drop(row)
       return None
-    if span:
-      for n in range(len(parent), 0, -1):
-        if self.spans.get(parent[:n]) is span:
-          self.spans.move_to_end(parent[:n])
+    for n in range(len(parent) if span else 0):
+      if self.spans.get(parent[:n + 1]) is span:
+        self.spans.move_to_end(parent[:n + 1])
     full = shared if done == len(ids) else shared[:done // S]
-    borrowed = shared[done // S] if len(shared) > len(full) else 0
+    borrowed = sum(shared[len(full):])                    # at most one page
     context = Context(key, branch.order, shard, ids, done, full + memory.pages.take(fresh_pages), borrowed,
                       (row or memory.rows.take(1))[0])
     self.contexts[key] = context
     known = max((self.known.get(branch.request.uid[:n], 0) for n in range(1, len(branch.request.uid) + 1)), default=0)
     self.counts['recomputed_tokens'] += max(0, min(known, len(ids)) - done)
     return context
-
-  def _load(self, shard: int) -> int:
-    return self.memories[shard].pages.used
 
   def _fill(self, lane: Lane) -> None:
     """Puts ready branches into free slots, the oldest first; those of one context side by side where a lane has groups."""
@@ -243,20 +246,17 @@ class Schedule:
     memory = self.memories[shard]
     if memory.fits(num_pages, num_rows):
       return True
-    for key in [k for k, c in self.contexts.items() if c.shard == shard and not c.waiting]:
+    idle = [(self._forget_context, k) for k, c in self.contexts.items() if c.shard == shard and not c.waiting]
+    for forget, key in idle + [(self._forget_span, k) for k, span in self.spans.items() if span.shard == shard]:
       if memory.fits(num_pages, num_rows):
         return True
-      self._forget_context(key)
-    for key in [k for k, span in self.spans.items() if span.shard == shard]:
-      if memory.fits(num_pages, num_rows):
-        return True
-      self.known[key] = len(self.spans[key].ids)
-      self._forget_span(key)
+      if key in self.spans:
+        self.known[key] = len(self.spans[key].ids)
+      forget(key)
     while not memory.fits(num_pages, num_rows):
-      fresh = set(map(id, self.fresh))
-      victims = [b for lane in self.lanes for _, b in lane.active if b.context.shard == shard and id(b) not in fresh]
-      victims += [c for c in self.contexts.values() if c.shard == shard
-                  and not any(b.context is c for b in self.fresh)]
+      held = {id(x) for b in self.fresh for x in (b, b.context)}
+      victims = [b for lane in self.lanes for _, b in lane.active if b.context.shard == shard and id(b) not in held]
+      victims += [c for c in self.contexts.values() if c.shard == shard and id(c) not in held]
       youngest = max((v for v in victims if v.order > order), key=lambda v: v.order, default=None)
       if youngest is None:
         return False

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 SHORT = 256      # sequences up to here: blocks of queries against all keys to their left, written out
-BLOCK = 128      # longer ones: pairs of blocks of which a query sees a key, one after the other
+BLOCK = 64       # longer ones: pairs of blocks of which a query sees a key, one after the other
 _NONE = -1e30
 
 

@@ -104,8 +104,7 @@ def lay(packed: Packed, rows: Sequence[np.ndarray], bucket: Bucket, most_rows: i
   members, gather = np.full(P * most_rows, -1, np.int32), np.zeros((P * most_rows, T), np.int32)
   tokens, positions = np.zeros((P, S), np.int32), np.zeros((P, S), np.int32)
   previous, until = np.full((P, S), -1, np.int32), np.tile(np.arange(1, S + 1, dtype=np.int32), (P, 1))
-  own = np.zeros(gather.shape, bool)
-  traj = packed.traj
+  own, traj = np.zeros(gather.shape, bool), packed.traj
   for p, mine in enumerate(rows):
     cursor, places = 0, gather[p * most_rows:(p + 1) * most_rows]
     members[p * most_rows:p * most_rows + len(mine)] = mine
