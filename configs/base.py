@@ -32,13 +32,14 @@ def get_config():
   c.tools = dict(deadline_seconds=60.0, workers=1, max_batch=256, max_queued=4096, watch_seconds=30.0, per_tool={})
   c.engine = dict(name='paged', rows=64, contexts=(512, 1024, 2048, 4096), max_new_tokens=512, page_tokens=64, steps=32,
                   chunk_rows=4, chunk_tokens=128, members=1, num_pages=0, memory_share=0.8)
-  # buckets: shapes that the update is compiled for, (sequences, tokens of each).  Where updates.layout is 'shared', a sequence
-  # holds up to updates.sequence_rows rows, and what they have in common once; the longest bucket decides how many fit.
+  # buckets: shapes that the update is compiled for, (sequences, tokens of each).  Where updates.layout is 'shared', a
+  # sequence holds up to updates.sequence_rows rows, and once what they have in common; the longest bucket says how
+  # many tokens fit, the shorter ones serve what is left.
   c.length = dict(prompt=2048, turn=500, observation=500, total=4096, buckets=((64, 4096),))
   c.combine = dict(name='weighted_sum')
   c.train_roles = dict(policy=1.0)
   c.updates = dict(minibatches=1, epochs=1, microbatch_rows=8, drop_zero_credit=False, old_logp='trainer',
-                   off_policy_steps=0, layout='shared', sequence_rows=16)
+                   off_policy_steps=0, layout='shared', sequence_rows=32)
   c.evals = dict(every=100, split='validation', num=256, final_split='test', final_num=512,
                  modes=('sampled', 'greedy'), episodes=20)
   c.checkpoint = dict(every=50, keep=2)

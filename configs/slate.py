@@ -33,4 +33,5 @@ def get_config(scale='embedded'):
   c.optimizer = dict(name='adamw', b1=0.9, b2=0.999, weight_decay=0.01, clip_norm=1.0)
   c.updates.update(minibatches=1, epochs=1)
   return base.at(scale, c, embedded=dict(
-      model=base.full_weights(), rewards=dict(early=dict(budget=3)), sampling=dict(num_candidates=8)))
+      model=base.full_weights(), rewards=dict(early=dict(budget=3)), sampling=dict(num_candidates=8),
+      updates=dict(sequence_rows=64)))

@@ -39,7 +39,7 @@ def make_programs(model: Model, method: Method, tx: Mapping[str, optim.Group], s
   """Returns the jitted functions of a stage, each with its shardings said."""
   metrics = _metric_names(model, method)
   sums = update.sums_shardings(shard, metrics)
-  whole = shard.rows
+  whole, microbatch = shard.rows, parallel.whole_rows(options.microbatch_rows, mesh)
   needs_forward = options.old_logp == 'trainer' or model.reference is not None or model.critic is not None
   adapted = 'base' in model.frozen
   policy = lambda s: model.policy(s.trainable, s.frozen)
@@ -53,7 +53,7 @@ def make_programs(model: Model, method: Method, tx: Mapping[str, optim.Group], s
                        out_shardings=whole) if needs_forward else None,
       credit=jax.jit(method.credit, out_shardings=whole),
       zeros=update.zeros(model, metrics, shard),
-      accumulate=jax.jit(update.accumulate(model, method.objective, parallel.whole_rows(options.microbatch_rows, mesh), mesh),
+      accumulate=jax.jit(update.accumulate(model, method.objective, microbatch, mesh),
                          in_shardings=(shard.state, sums, whole, shard.replicated), out_shardings=sums,
                          donate_argnums=1),
       apply=jax.jit(update.apply(tx), in_shardings=(shard.state, sums, shard.replicated),

@@ -45,8 +45,8 @@ def use_compilation_cache() -> None:
 def keep_freed_memory() -> None:
   """Has glibc keep up to 1 GiB of freed memory for the next program instead of giving it back to the kernel.
 
-  A compiled program on a CPU asks for its whole working memory at every call; where that goes back each time, the kernel hands
-  it out page by page and zeroed again, which took a quarter of a small model's update.  Elsewhere nothing happens.
+  A compiled program on a CPU asks for its whole working memory at every call; where that goes back each time, the
+  kernel hands it out page by page and zeroed again: a quarter of a small model's update.  Without glibc nothing happens.
   """
   try:
     mallopt = ctypes.CDLL(None).mallopt

@@ -37,8 +37,8 @@ class Update(NamedTuple):
       Yu et al. 2025, Sec. 3.2, but without the refill); their mean is then over the rows that are left.
     old_logp: 'trainer' computes the old log-probabilities anew, 'sampler' takes the sampler's: the ratio of a surrogate
       is then that to the policy that sampled, and corrects for what lies between the two (see objectives.mismatch).
-    layout: 'flat': each row is a sequence.  'shared': what the rows of a prompt have in common is computed once, and short
-      rows share a sequence; the numbers are those of 'flat' to rounding.
+    layout: 'flat': each row is a sequence.  'shared': what the rows of a prompt have in common is computed once, and
+      short rows share a sequence; the numbers are those of 'flat' to rounding.
     sequence_rows: the most rows that a sequence holds; 1 where the layout is flat.
     off_policy_steps: 0: a step's rows are sampled by the policy that it updates.  1: they were sampled while the step
       before was computed, by the policy that it started from and with the scalars of a schedule that had not seen its

@@ -19,7 +19,7 @@ from rlsearch.types import (Credit, Hypers, Layout, ObjectiveFn, Params, Snapsho
 
 @flax.struct.dataclass
 class Block:
-  """Rows of one bucket, and what the update knows about them.  First axis of every array: rows, of the layout's sequences."""
+  """Rows of one bucket, and what the update knows about them.  First axis of every array: rows (or sequences)."""
   traj: Trajectories
   layout: Layout
   credit: Credit

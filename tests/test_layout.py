@@ -71,7 +71,7 @@ def packed(kind, seed=0) -> Packed:
 def laid(rows, length=LENGTH, most=MOST, sequences=9):
   """All rows of a step as one block: numbers of the rows, and the layout."""
   found = layout_lib.shared(rows, np.arange(rows.num_rows), length, most)
-  return layout_lib.lay(rows, found.rows, Bucket(sequences, length), most)                      # and sequences of padding
+  return layout_lib.lay(rows, found.rows, Bucket(sequences, length), most)      # and sequences of padding
 
 
 EXAMPLES = pytest.mark.parametrize('kind, seed', [(kind, seed) for kind in KINDS for seed in range(6)])
@@ -152,7 +152,8 @@ class TestLay:
 
 
 MODELS = {
-    'reference': dict(reference=True), 'shared critic': dict(critic='shared'), 'separate critic': dict(critic='separate'),
+    'reference': dict(reference=True), 'shared critic': dict(critic='shared'),
+    'separate critic': dict(critic='separate'),
     'adapters': dict(lora_options=dict(rank=2, alpha=4), reference=True), 'reward module': dict(reward='trained')}
 
 
@@ -175,8 +176,8 @@ def numbers(name):
 def both_ways(name, rows, seed=0):
   """What a model says and its gradients, flat and shared, by logical token of the rows."""
   model, grads = numbers(name)
-  train, frozen = jax.tree.map(
-      lambda x: x + 0.2 * np.random.default_rng(3).standard_normal(x.shape).astype(np.float32), model.init(jax.random.key(1)))
+  noise = lambda x: x + 0.2 * np.random.default_rng(3).standard_normal(x.shape).astype(np.float32)
+  train, frozen = jax.tree.map(noise, model.init(jax.random.key(1)))
   rng = np.random.default_rng(seed)
   weights = {k: rng.standard_normal(rows.traj.tokens.shape).astype(np.float32) * rows.traj.valid
              for k in ('logp', 'entropy', 'value', 'score')}
@@ -215,7 +216,7 @@ class TestNumbers:
     first = int(np.flatnonzero(members == 0)[0])
     said = lambda p: jnp.sum(model.outputs({'policy': p}, {}, layout, 1.0).logp[first, :4])
     gradient = jax.jit(jax.grad(said), compiler_options=FAST)(small.weights(model.config))['embed']
-    assert set(np.flatnonzero(np.abs(gradient).sum(axis=1))) == {2, 3, 4}                          # 5 is predicted and nothing follows it
+    assert set(np.flatnonzero(np.abs(gradient).sum(axis=1))) == {2, 3, 4}        # nothing follows 5
 
 
 def stepped(layout, kind, bucket, mesh=None, **options):
@@ -223,9 +224,10 @@ def stepped(layout, kind, bucket, mesh=None, **options):
   rows = packed(kind)
   advantage = np.random.default_rng(2).standard_normal((len(rows.lengths), 1)).astype(np.float32)
   most = MOST if layout == 'shared' else 1
-  program = updates.make_programs(mesh or updates.mesh_of({}), old_logp='trainer', layout=layout, sequence_rows=most, **options)
-  state, _, means = programs.update_step(program, updates.start(program.shard), rows, Rewards({}, {}, {}, advantage), bucket,
-                                         updates.HYPERS, (0, 0))
+  options = dict(old_logp='trainer', layout=layout, sequence_rows=most, **options)
+  program = updates.make_programs(mesh or updates.mesh_of({}), **options)
+  state, _, means = programs.update_step(program, updates.start(program.shard), rows, Rewards({}, {}, {}, advantage),
+                                         bucket, updates.HYPERS, (0, 0))
   return jax.device_get(state.trainable), means, program
 
 
@@ -267,11 +269,12 @@ class TestAttend:
   def example(self, length, dtype=jnp.float32, seed=0):
     rng = np.random.default_rng(seed)
     rows = packed('ragged', seed)
-    until = laid(rows, WIDTH, sequences=16)[1].until                                    # trees of 24 tokens, several behind each other
+    until = laid(rows, WIDTH, sequences=16)[1].until                     # trees of 24 tokens
     until = np.concatenate([until[p] + p * WIDTH for p in range(len(until))])[:length]
     until = np.minimum(np.stack([until, np.full(length, length, np.int32)]), length)
     make = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
-    return make(2, length, 2, 3, 4), make(2, length, 2, 4), make(2, length, 2, 4), jnp.asarray(until), make(2, length, 2, 3, 4)
+    q, k, v, g = (make(2, length, *rest) for rest in ((2, 3, 4), (2, 4), (2, 4), (2, 3, 4)))
+    return q, k, v, jnp.asarray(until), g
 
   @pytest.mark.parametrize('short, length', [(256, 37), (256, 80), (8, 48), (8, 53)])
   def test_equals_a_dense_mask_with_its_gradients(self, monkeypatch, short, length):
@@ -294,16 +297,16 @@ class TestAttend:
       assert out.dtype == jnp.bfloat16 and small.relative(out, exact) < 0.01
 
   def test_only_visible_pairs_are_listed(self):
-    until = np.array([[24, 24, 8, 8, 8, 8, 8, 8] + [16] * 8 + [24] * 8])       # two tokens before everything, then trees
+    until = np.array([[24, 24, 8, 8, 8, 8, 8, 8] + [16] * 8 + [24] * 8])       # two tokens before all, then trees
     pairs, count = attention.visible_pairs(jnp.asarray(until), 8)
     assert pairs[:int(count)].tolist() == [[0, 0], [1, 1], [1, 0], [2, 2], [2, 0]]
 
   def test_memory_does_not_grow_with_the_square(self):
     until = jnp.full((1, 2048), 2048)
     f = lambda q, k, v: jnp.sum(attention.attend(until)(q, k, v))
-    shape = jax.ShapeDtypeStruct((1, 2048, 2, 1, 8), jnp.float32), *[jax.ShapeDtypeStruct((1, 2048, 2, 8), jnp.float32)] * 2
-    used = jax.jit(jax.grad(f, (0, 1, 2)), compiler_options=FAST).lower(*shape).compile().memory_analysis().temp_size_in_bytes
-    assert used < 2048 * 2048 * 4                                              # of one head's scores alone
+    shapes = [jax.ShapeDtypeStruct((1, 2048, *rest), jnp.float32) for rest in ((2, 1, 8), (2, 8), (2, 8))]
+    compiled = jax.jit(jax.grad(f, (0, 1, 2)), compiler_options=FAST).lower(*shapes).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2048 * 2048 * 4     # of one head's scores alone
 
 
 def test_states_before_by_hand():

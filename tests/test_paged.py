@@ -256,10 +256,40 @@ class TestPages:
     forget(engine, [wanted])
     assert kept[0].memories[0].pages.used == kept[0].memories[0].rows.used == 0
 
+  def test_young_branches_that_cannot_begin_do_not_stop_the_oldest(self, simple):
+    engine = paged(num_pages=22)                                     # the fewest that the longest path wants
+    old = first_turns(1, samples=(1,))[0]._replace(context_ids=np.full(64, 3, np.int32), forced_ids=np.zeros(0, np.int32))
+    young = [r._replace(context_ids=np.full(20, 4, np.int32)) for r in first_turns(3, samples=(9,))[9:18]]
+    assert_same_tokens(sampled(engine, [old, *young]), sampled(simple, [old, *young]))
+
+  def test_what_is_out_searching_keeps_its_pages_while_others_wait(self):
+    engine = paged(rows=2, num_pages=100, chunk_rows=2)              # two at a time want some 30
+    wanted = [r._replace(context_ids=np.arange(2, 22, dtype=np.int32), forced_ids=np.zeros(0, np.int32), uid=(0, 5, i, 0, 0),
+                         parent=(0, 5, i, 0)) for i, r in enumerate(first_turns(20, samples=(1,)))]
+    engine.submit(wanted)
+    found = {}
+    while len(found) < 2 * len(wanted):
+      for r, turn in engine.poll():
+        found[r.uid] = turn
+        if len(r.uid) == 5:
+          engine.submit(next_turns([r], found, width=1))
+        else:
+          engine.release([r.uid, r.parent, r.uid[:4]])
+    assert engine.counts()['recomputed_tokens'] == 0
+
+  def test_the_same_request_twice_loses_no_page(self, monkeypatch):
+    engine, kept = watched(monkeypatch)
+    wanted = first_turns(3)
+    assert_same_bits(sampled(engine, wanted), sampled(engine, wanted))
+    forget(engine, [wanted])
+    assert kept[0].memories[0].pages.used == 0
+
   def test_a_request_that_can_never_fit(self):
     engine, r = paged(), first_turns(1)[0]
-    with pytest.raises(ValueError, match=r'a context of 80 tokens: config\.engine\.contexts allows 1 to 72'):
+    with pytest.raises(ValueError, match=r'a context of 80 tokens and a turn of 6: config\.engine\.contexts and max_new_tokens make room for 72'):
       engine.submit([r._replace(context_ids=np.full(80, 3, np.int32), forced_ids=np.zeros(0, np.int32))])
+    with pytest.raises(ValueError, match=r'contexts and max_new_tokens make room for 72'):
+      engine.submit([r._replace(context_ids=np.full(70, 3, np.int32), forced_ids=np.zeros(0, np.int32))])
     with pytest.raises(ValueError, match='max_tokens=0'):
       engine.submit([r._replace(max_tokens=0)])
     assert engine.poll() == []
@@ -268,7 +298,8 @@ class TestPages:
       (dict(rows=12), r"rows=12: not a multiple of the sampler's 8 devices"),
       (dict(rows=16, members=4), r'members=4: does not divide the 2 rows'),
       (dict(steps=5), r'steps=5: more than page_tokens=4'), (dict(chunk_rows=0), r'chunk_rows=0: wants a positive'),
-      (dict(contexts=(8, 8)), r'contexts=\[8, 8\]: wants rising'), (dict(num_pages=10), r'10 pages of 4 tokens.*the longest path wants'),
+      (dict(contexts=(8, 8)), r'contexts=\[8, 8\]: wants rising'), (dict(num_pages=10), r'num_pages=10 of 4 tokens.*the longest path wants'),
+      (dict(memory_share=1.5), r'memory_share=1\.5: wants more than 0'),
       (dict(top_p=0.0), r'top_p=0'), (dict(logit_bias={400: 1.0}), r'logit_bias: 400: 1\.0; wants ids below')])
   def test_impossible_entries(self, entries, message):
     with pytest.raises(ValueError, match=message):

@@ -145,7 +145,8 @@ class TestMetrics:
     # Two minibatches of two groups of four rows, each one block of 8 x 120.
     line = metrics[RL][0]
     assert line['update/optimizer_steps'] == 2
-    assert line['update/padding_share'] == pytest.approx(1 - line['rollout/forest_tokens'] / (2 * 8 * 120))
+    assert line['update/padding_share'] == pytest.approx(1 - line['update/physical_tokens'] / (2 * 8 * 120))
+    assert line['update/physical_tokens'] < line['rollout/forest_tokens']            # the prompts are there once
 
   def test_seconds_of_the_parts_are_those_of_the_step(self, metrics):
     for line in metrics[COLD] + metrics[RL]:

@@ -97,7 +97,7 @@ def load(workdir: epath.Path, sizes: Sizes, split: str, directions: int, accurac
   params = agents.load_params(policy, model, mesh)
   protocol = method_lib.resolve('protocol', protocols, config['protocol'])
   length, _ = settings.lengths(config, mesh)
-  buckets = tuple(Bucket(16, n) for n in (72, 120, 160) if n < length.total) + (Bucket(16, length.total),)   # of single rows
+  buckets = tuple(Bucket(16, n) for n in (72, 120, 160) if n < length.total) + (Bucket(16, length.total),)
   engine = method_lib.resolve('engine', engines, config['engine'], model, tok, protocol.stops, mesh)
   engine.set_params(params, policy.step)
   judge = services.judge(dict(name='oracle', accuracy=accuracy), config['seed'])

@@ -188,6 +188,8 @@ def _make(workdir: epath.Path, config: Mapping[str, Any], last: Mapping[str, Any
   first = protocol._replace(prompts=lambda question: protocol.prompts(question)[:1])  # of several variants one answers
   render = Render(first, tok, settings.lengths(config, mesh)[0], config['retriever']['topk'])
   one_row = {k: 1 if k in ('rows', 'members', 'chunk_rows') else v for k, v in config['engine'].items()}
+  if 'num_pages' in one_row:                                    # of one path and its turns, not what a device has left
+    one_row['num_pages'] = 2 * (max(one_row['contexts']) + one_row['max_new_tokens']) // one_row['page_tokens'] + 16
   engine = method_lib.resolve('engine', engines, one_row, model, tok, protocol.stops, mesh)
   engine.set_params(load_params(policy, model, mesh), policy.step)
   search = services.retriever(config['retriever'], env)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+import gc
 import math
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
+from rlsearch.models import params as params_lib
 from rlsearch.models.config import ModelConfig
 from rlsearch.models.paged import TAIL
 
@@ -48,9 +50,9 @@ def plan(config: ModelConfig, mesh: Mesh, *, num_pages: int, page_tokens: int, r
          widths: Sequence[int], own_width: int, share: float) -> Plan:
   """Returns the plan of one device.
 
-  Where `num_pages` is 0: on a device that says how much memory it has, `share` of what is free now (weights and
-  optimizer lie there already), less the working set; elsewhere room for twice as many of the longest paths as there
-  are slots.
+  Where `num_pages` is 0: on a device that says how much memory it has, `share` of what is free now (the trainer's weights
+  and optimizer lie there already) less the sampler's own weights, less the working set; what is left of the memory is
+  for the update.  Elsewhere room for twice as many of the longest paths as there are slots.
 
   Args:
     config: of the policy.
@@ -64,25 +66,31 @@ def plan(config: ModelConfig, mesh: Mesh, *, num_pages: int, page_tokens: int, r
     share: of free memory.
 
   Raises:
-    ValueError: there is no room for one path.
+    ValueError: an impossible share, or no room for one path.
   """
+  if not 0 < share <= 1:
+    raise ValueError(f'config.engine.memory_share={share}: wants more than 0 and at most 1')
   tensor = mesh.shape['tensor']
   each = page_bytes(config, page_tokens, tensor)
   per_row = widths[-1] * each * rows
   grouped = (rows // members * widths[-1] + rows * own_width) * each if members > 1 else 0
   working = max(per_row, grouped)
-  hidden = config.width * np.dtype(jax.numpy.dtype(config.dtype)).itemsize
+  size = np.dtype(jax.numpy.dtype(config.dtype)).itemsize
+  hidden = config.width * size
   if not num_pages:
+    gc.collect()                                                # the pool of the stage before may wait for it
     stats = mesh.local_devices[0].memory_stats() or {}
     if 'bytes_limit' in stats:
-      free = share * (stats['bytes_limit'] - stats['bytes_in_use']) - working
+      weights = params_lib.count(params_lib.transformer_specs(config)) * size // tensor
+      free = share * (stats['bytes_limit'] - stats['bytes_in_use'] - weights) - working
       num_pages = int(free // (each + hidden))
     else:
       num_pages = 1 + 2 * rows * (widths[-1] + TAIL)
   if num_pages < widths[-1] + TAIL + 2:
-    raise ValueError(f'config.engine: {max(0, num_pages)} pages of {page_tokens} tokens ({each / 2**20:.1f} MiB each) have '
-                     f'room beside weights and a working set of {working / 2**20:.0f} MiB; the longest path wants '
-                     f'{widths[-1] + TAIL + 2}.  Fewer rows, shorter contexts or more tensor ways would fit')
+    raise ValueError(f'config.engine.num_pages={num_pages} of {page_tokens} tokens ({each / 2**20:.1f} MiB each; planned '
+                     f'where the entry is 0, beside a working set of {working / 2**20:.0f} MiB): the longest path wants '
+                     f'{widths[-1] + TAIL + 2}.  Fewer rows, shorter contexts, a larger memory_share or more tensor ways '
+                     'would fit')
   num_rows = num_pages + 2 * rows
   return Plan(num_pages, num_rows, num_pages * each + num_rows * hidden, working)
 

@@ -45,9 +45,11 @@ def paged(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *, row
   the device has done, hands it the next slice of steps, and returns while that runs.
 
   What a branch samples depends on its key and its path alone, bit for bit on one machine: not on its slot, its
-  neighbours, the number of slots in use, or on when a search came back.  (Branches that were put back for want of
-  pages are prefilled where they would have been decoded, which rounds differently; `put_back` counts them.)  Other
-  values of `rows`, `members`, `chunk_*` or `page_tokens` are other programs and round differently, too.
+  neighbours, the number of slots in use, or on when a search came back.  This holds while pages last: what was put
+  back or forgotten for want of pages is prefilled where it had been decoded, which rounds differently
+  (`recomputed_tokens` counts it).  Other values of `rows`, `members`, `chunk_*` or `page_tokens` are other programs and
+  round differently, too, and so do siblings that come in one call of `submit` against such that come one by one, where
+  `members` is more than 1.
 
   Paged keys and values: Kwon et al. 2023, Sec. 4, https://arxiv.org/abs/2309.06180; shared prefixes read once: Juravsky
   et al. 2024, Sec. 3, https://arxiv.org/abs/2402.05099.
@@ -57,11 +59,12 @@ def paged(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *, row
     tok: for the bytes of tokens and the end token.
     stops: strings that end a turn; the completing token is kept whole.
     mesh: the sampler's own: each device of data x fsdp has slots and a pool of its own; heads are divided over tensor.
-    rows: slots, all devices together.
+    rows: slots, all devices together; with `members` as many again for groups.
     contexts: lengths, rising; programs are made for contexts up to each of them.
     max_new_tokens: what a turn may sample.
     page_tokens: S.
-    steps: most steps of a slice, at most a page's tokens.  Fewer: searches start sooner, the host has more to do.
+    steps: most steps of a slice, at most a page's tokens; it ends sooner when a quarter of a device's slots have finished.
+      Fewer: searches start sooner, the host has more to do.
     chunk_rows, chunk_tokens: shape of the pieces in which contexts are prefilled; the rows are a device's.
     members: branches that continue one context decode in groups of so many, which read its pages once; 1: never.
     num_pages: of a device; 0 plans it (engines.memory).
@@ -99,6 +102,7 @@ def _engine(tok: Tokenizer, program: Programs, schedule: Schedule, automaton: ja
   def set_params(params, version):
     state['flying'].clear()                              # sampled by the old policy, and thrown away
     schedule.restart()
+    state.update(whole=None, params=None)                # not two of them at once
     state.update(whole=params, params=program.unstack(params), version=version)
 
   def land():
@@ -113,8 +117,7 @@ def _engine(tok: Tokenizer, program: Programs, schedule: Schedule, automaton: ja
     pool = state['pool']
     while (chunk := schedule.next_chunk()) is not None:
       pool = program.prefill(state['params'], pool, chunk)
-    for lane, run in zip(schedule.lanes, program.decode, strict=True):
-      work = schedule.next_slice(lane)
+    for lane, run, work in zip(schedule.lanes, program.decode, schedule.next_slices(), strict=True):
       if work is not None:
         pool, out = run(state['params'], pool, work, automaton)
         state['flying'].append((lane, out))
@@ -141,6 +144,8 @@ def _engine(tok: Tokenizer, program: Programs, schedule: Schedule, automaton: ja
              'kv_pages': plan.num_pages - 1, 'kv_bytes_planned': plan.total_bytes,
              'kv_bytes_peak': pool + max(p.temporary_bytes() for p in (program.prefill, *program.decode))}
     schedule.counts.update(dict.fromkeys(schedule.counts, 0))
+    for m in schedule.memories:
+      m.pages.peak = m.pages.used
     state['scored_tokens'] = 0
     return taken
 

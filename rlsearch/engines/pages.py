@@ -1,7 +1,7 @@
 """Who holds which page of the pool: counted, so that a fork copies nothing and a page is free when nobody needs it."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 
 import numpy as np
@@ -50,6 +50,10 @@ class Counted:
       self._holders[place] += 1
     return list(places)
 
+  def freed_by(self, holds: Mapping[int, int]) -> int:
+    """Returns how many places are free when so many holders of each have let go."""
+    return sum(self._holders[place] == num for place, num in holds.items())
+
   def drop(self, places: Sequence[int]) -> None:
     """Takes one holder away; a place without one is free."""
     for place in places:
@@ -84,13 +88,14 @@ class Span:
 class Context:
   """What one or several branches continue; prefilled once, piece by piece."""
   key: tuple                   # (node, forced ids, length, what was sampled behind them)
-  order: int                   # of arrival
+  order: tuple[int, int]       # of arrival: of its question, its own
   shard: int
   ids: Ids
   done: int                    # tokens that lie in the pool
   pages: list[int]             # for all of ids; held
   borrowed: int                # page to read the beginning of page done // S from; 0: that page itself.  Held
   row: int                     # held
+  known: int = 0               # tokens of it that were computed before, and are gone
   waiting: int = 0             # branches that have not begun; 0: it may be forgotten
 
   @property
@@ -102,7 +107,7 @@ class Context:
 class Branch:
   """A request on its way."""
   request: Request
-  order: int                   # of arrival
+  order: tuple[int, int]       # of arrival: of its question, its own
   key_data: np.ndarray         # u32[2]
   grouped: bool                # came with siblings that continue the same context
   limit: int                   # tokens to sample
@@ -137,7 +142,7 @@ def context_key(r: Request) -> tuple[Key, bytes, int]:
   return r.parent, r.forced_ids.tobytes(), len(r.context_ids)
 
 
-def check(r: Request, width: int, page_tokens: int, max_new_tokens: int, num_pages: int) -> None:
+def check(r: Request, width: int, page_tokens: int, max_new_tokens: int) -> None:
   """Raises ValueError for a request that can never fit.
 
   Args:
@@ -145,14 +150,10 @@ def check(r: Request, width: int, page_tokens: int, max_new_tokens: int, num_pag
     width: pages of the longest path.
     page_tokens: S.
     max_new_tokens: what a turn may sample.
-    num_pages: of a device's pool.
   """
-  tokens = len(r.context_ids) + len(r.forced_ids)
-  if not 0 < tokens <= width * page_tokens:
-    raise ValueError(f'a context of {tokens} tokens: config.engine.contexts allows 1 to {width * page_tokens}')
-  if r.max_tokens < 1:
-    raise ValueError(f'request {r.uid}: max_tokens={r.max_tokens}; wants at least 1')
-  pages = (tokens + min(r.max_tokens, max_new_tokens)) // page_tokens + 3
-  if pages > num_pages:
-    raise ValueError(f'config.engine.num_pages={num_pages}: a path of {tokens} tokens and its turn want {pages} pages of '
-                     f'{page_tokens} tokens')
+  tokens, turn = len(r.context_ids) + len(r.forced_ids), min(r.max_tokens, max_new_tokens)
+  if turn < 1 or not tokens:
+    raise ValueError(f'request {r.uid}: a context of {tokens} tokens, max_tokens={r.max_tokens}; wants at least 1 of each')
+  if tokens + turn > width * page_tokens:
+    raise ValueError(f'a context of {tokens} tokens and a turn of {turn}: config.engine.contexts and max_new_tokens make '
+                     f'room for {width * page_tokens}')

@@ -1,7 +1,7 @@
 """Attention over a layout: which token sees which is said by one number a key, and the cost follows the visible pairs.
 
-Query i sees key j where j <= i < until[j] (types.Layout): a path's tokens lie in the order of a walk through their tree, so
-those that continue key j follow it without a gap.  `attend` is the one door; other kernels go behind it.
+Query i sees key j where j <= i < until[j] (types.Layout): tokens lie in the order of a walk through their tree,
+so those that continue key j follow it without a gap.  `attend` is the one door; other kernels go behind it.
 
 In einsums: P sequences, M key/value heads, Q queries of a block with all heads of a group, K keys, H head size.
 """
@@ -14,23 +14,26 @@ import jax
 import jax.numpy as jnp
 
 SHORT = 256      # sequences up to here: blocks of queries against all keys to their left, written out
-BLOCK = 64       # longer ones: pairs of blocks of which a query sees a key, one after the other
+BLOCK = 64       # longer ones: pairs of blocks of which a query sees a key, one after the other; what a CPU's cache holds
+WIDE = 512       # on accelerators, where a tile costs a handful of kernels whatever its size
 _NONE = -1e30
 
 
 def attend(until: jax.Array) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
   """Returns attention over a layout, (q [P, S, M, G, H], k [P, S, M, H], v [P, S, M, H]) -> [P, S, M, G, H].
 
-  o_i = Σ_j softmax_j(q_i · k_j) v_j over the keys j <= i < until[j], softmax in float32.  Queries come scaled.  Neither direction
-  holds more than one block of queries' scores at a time; the backward pass computes them again (Dao et al. 2022).
+  o_i = Σ_j softmax_j(q_i · k_j) v_j over the keys j <= i < until[j], softmax in float32.  Queries come scaled.  Neither
+  direction holds more than one block of queries' scores at a time; the backward pass computes them again (Dao et al.
+  2022, Alg. 1 and 4).
 
   Args:
     until: i32[P, S], of the layout; each token that matters sees itself.
   """
   if until.shape[1] <= SHORT:
     return lambda q, k, v: _short(q, k, v, until)
-  pairs, count = visible_pairs(until, BLOCK)
-  return lambda q, k, v: _long(q, k, v, until, pairs, count)
+  block = BLOCK if jax.default_backend() == 'cpu' else WIDE
+  pairs, count = visible_pairs(until, block)
+  return lambda q, k, v: _long(q, k, v, until, pairs, count, block)
 
 
 def sees(until: jax.Array) -> jax.Array:
@@ -97,9 +100,8 @@ def _tile_gradients(q, k, v, g, z, log_total, dot):
 ## Short sequences: one block of queries after the other, each against all that is left of its end.
 
 def _short_blocks(length):
-  """[(first, end)] of up to eight blocks of queries, of a multiple of 32 tokens."""
-  size = max(64, -(-length // 256) * 32)
-  return [(first, min(first + size, length)) for first in range(0, length, size)]
+  """[(first, end)] of the blocks of queries."""
+  return [(first, min(first + BLOCK, length)) for first in range(0, length, BLOCK)]
 
 
 @jax.custom_vjp
@@ -144,12 +146,12 @@ _short.defvjp(_short_forward, _short_backward)
 
 ## Long sequences: one visible pair of blocks after the other, with the running softmax of Milakov and Gimelshein 2018.
 
-def _blocks(x):
-  """[P, S, ...] as blocks of heads, [S / BLOCK, P, M, G·BLOCK, H]; S is padded with zeros."""
-  num = -(-x.shape[1] // BLOCK)
-  x = jnp.pad(x, ((0, 0), (0, num * BLOCK - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
-  x = jnp.moveaxis(x.reshape((x.shape[0], num, BLOCK) + x.shape[2:]), 1, 0)
-  return jax.vmap(_by_heads)(x)
+def _blocks(x, block):
+  """[P, S, ...] as blocks of heads, [S / block, P, M, G·block, H]; S is padded with zeros."""
+  num = -(-x.shape[1] // block)
+  x = jnp.pad(x, ((0, 0), (0, num * block - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
+  x = jnp.moveaxis(x.reshape((x.shape[0], num, block) + x.shape[2:]), 1, 0)
+  return x if x.ndim == 3 else jax.vmap(_by_heads)(x)
 
 
 def _unblock(x, G, length):
@@ -158,22 +160,17 @@ def _unblock(x, G, length):
   return x.reshape((x.shape[0], -1) + x.shape[3:])[:, :length]
 
 
-def _key_until(until):
-  num = -(-until.shape[1] // BLOCK)
-  return jnp.moveaxis(jnp.pad(until, ((0, 0), (0, num * BLOCK - until.shape[1]))).reshape(-1, num, BLOCK), 1, 0)
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _long(q, k, v, until, pairs, count, block):
+  return _long_forward(q, k, v, until, pairs, count, block)[0]
 
 
-@jax.custom_vjp
-def _long(q, k, v, until, pairs, count):
-  return _long_forward(q, k, v, until, pairs, count)[0]
-
-
-def _long_forward(q, k, v, until, pairs, count):
-  qb, kb, vb, ub = _blocks(q), _blocks(k), _blocks(v), _key_until(until)
+def _long_forward(q, k, v, until, pairs, count, block):
+  qb, kb, vb, ub = (_blocks(x, block) for x in (q, k, v, until))
   def body(n, carry):
     out, largest, total = carry
     i, j = pairs[n, 0], pairs[n, 1]
-    z = _scores(qb[i], kb[j], ub[j], (i * BLOCK, BLOCK), j * BLOCK)
+    z = _scores(qb[i], kb[j], ub[j], (i * block, block), j * block)
     before, new = largest[i], jnp.maximum(largest[i], jnp.max(z, axis=-1))
     e, scale = jnp.exp(z - new[..., None]), jnp.exp(before - new)
     add = jnp.einsum('PMQK,PMKH->PMQH', e.astype(v.dtype), vb[j], preferred_element_type=jnp.float32)
@@ -186,15 +183,15 @@ def _long_forward(q, k, v, until, pairs, count):
   return out, (q, k, v, until, pairs, count, out, largest + jnp.log(total))
 
 
-def _long_backward(saved, g):
+def _long_backward(block, saved, g):
   q, k, v, until, pairs, count, out, log_total = saved
-  qb, kb, vb, gb, ub = _blocks(q), _blocks(k), _blocks(v), _blocks(g), _key_until(until)
-  dot = _blocks(jnp.sum(g.astype(jnp.float32) * out, axis=-1, keepdims=True))[..., 0]
+  dot = jnp.sum(g.astype(jnp.float32) * out, axis=-1, keepdims=True)
+  qb, kb, vb, gb, ub, db = (_blocks(x, block) for x in (q, k, v, g, until, dot))
   def body(n, carry):
     dq, dk, dv = carry
     i, j = pairs[n, 0], pairs[n, 1]
-    z = _scores(qb[i], kb[j], ub[j], (i * BLOCK, BLOCK), j * BLOCK)
-    more = _tile_gradients(qb[i], kb[j], vb[j], gb[i], z, log_total[i], dot[i])
+    z = _scores(qb[i], kb[j], ub[j], (i * block, block), j * block)
+    more = _tile_gradients(qb[i], kb[j], vb[j], gb[i], z, log_total[i], db[i, ..., 0])
     return dq.at[i].add(more[0]), dk.at[j].add(more[1]), dv.at[j].add(more[2])
   zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (qb, kb, vb))
   dq, dk, dv = jax.lax.fori_loop(0, count, body, zeros)

@@ -130,9 +130,10 @@ def token_stats(config: ModelConfig, params: Params, hidden: jax.Array, tokens: 
   """
   first = jnp.arange(tokens.shape[1]) == 0 if previous is None else previous < 0
   # Divided in float32: in bfloat16 the temperature itself would be off by up to 0.4%.
-  flat = (before(hidden, previous).astype(jnp.float32) / temperature).astype(hidden.dtype).reshape(-1, hidden.shape[-1])
+  states = (before(hidden, previous).astype(jnp.float32) / temperature).astype(hidden.dtype)
   chunk = min(config.vocab_chunk, config.vocab_size)
-  both = chosen_logp(flat, unembedding(config, params), tokens.reshape(-1), chunk, config.num_tokens or config.vocab_size)
+  both = chosen_logp(states.reshape(-1, hidden.shape[-1]), unembedding(config, params), tokens.reshape(-1), chunk,
+                     config.num_tokens or config.vocab_size)
   logp, entropy = (jnp.where(first, 0.0, x.reshape(tokens.shape)) for x in both)
   return logp, entropy
 

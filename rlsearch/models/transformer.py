@@ -26,10 +26,10 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def rotation(positions: jax.Array, head_size: int, base: float) -> jax.Array:
-  """Returns cos and sin of position · base^(-2i/H), f32[2, B, T, H/2]: what `rope` rotates by, made once for all layers.
+  """Returns cos and sin of position · base^(-2i/H), f32[2, B, T, H/2]: what `rope` rotates by, once for all layers.
 
-  In a loop of two turns, because XLA's CPU compiler fuses a cosine into whatever uses it and then computes it again for
-  every head of every layer: a fifth of a small model's update.
+  In a loop of two turns, because XLA's CPU compiler fuses a cosine into whatever uses it and then computes it again
+  for every head of every layer: a fifth of a small model's update.
 
   Args:
     positions: i32[B, T].

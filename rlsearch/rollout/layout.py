@@ -1,4 +1,4 @@
-"""Rows into physical sequences: what rows of a sequence have in common from their start is laid out, and computed, once.
+"""Rows into physical sequences: what a sequence's rows have in common from their start is laid out and computed once.
 
 What a decoder computes at a token depends on the tokens before it and on nothing else, so rows are compared token by
 token, not by the nodes of their tree: samples that say the same for a while share that too.

@@ -192,7 +192,7 @@ def identity_layout(traj: Trajectories) -> Layout:
 
 
 def take(tree, bucket: Bucket, members: np.ndarray):
-  """Returns the rows `members` of a tree of [B, T] and [B, K] arrays, padded to their bucket; a number of -1 is padding too.
+  """Returns the rows `members` of a tree of [B, T] and [B, K] arrays, padded to their bucket; -1 is a padding row.
 
   Padding is what `empty` holds: False, 0, and -1 for numbers of turns and ids.
   """
@@ -212,7 +212,7 @@ def take(tree, bucket: Bucket, members: np.ndarray):
 
 def pack_step(forest: Forest, rows: Sequence[Row], scored: np.ndarray, length: int, num_turns: int,
               train_roles: Mapping[str, float], ways: int) -> Packed:
-  """Returns a step's rows at the shapes that all hosts share: `length` tokens (config.length.total), rows rounded up."""
+  """Returns a step's rows at the shapes that all hosts share: config.length.total tokens, rows rounded up."""
   hosts = jax.process_count()
   most = parallel.largest((len(rows),))[0]
   num_rows = round_rows(most, max(1, ways // hosts))
