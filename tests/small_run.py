@@ -118,9 +118,15 @@ def state(folder: pathlib.Path) -> dict[str, np.ndarray]:
   return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+# When a search comes back decides how a sampler fills its slots, not what it samples.
+SCHEDULED = ('padded_tokens', 'slot_steps', 'idle_slot_steps', 'kv_pages_peak', 'kv_bytes_peak')
+
+
 def timeless(record: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns a line of metrics or evals without what the clock says."""
-  return {k: v for k, v in record.items() if not k.startswith('time/') and k != 'seconds'}
+  """Returns a line of metrics or evals without what depends on the clock."""
+  return {k: v for k, v in record.items()
+          if not k.startswith('time/') and k != 'seconds' and not k.startswith('cost/') or
+          k.startswith('cost/') and not k.endswith(SCHEDULED)}
 
 
 def differences(a: pathlib.Path, b: pathlib.Path, stages: Sequence[str] = (COLD, RL)) -> list[str]:

@@ -256,7 +256,10 @@ class TestUpdateStep:
       np.testing.assert_allclose(other['update/loss'], means['update/loss'], rtol=1e-5)
 
   @pytest.mark.slow
-  def test_a_mesh_equals_one_device(self):
+  @pytest.mark.parametrize('short', [256, 16])
+  def test_a_mesh_equals_one_device(self, monkeypatch, short):
+    monkeypatch.setattr(attention, 'SHORT', short)
+    monkeypatch.setattr(attention, 'BLOCK', 16)
     a, one, _ = stepped('shared', 'steps', SHARED)
     b, eight, _ = stepped('shared', 'steps', SHARED, updates.mesh_of(dict(data=2, fsdp=2, tensor=2)))
     assert small.relative(b, a) < 1e-5

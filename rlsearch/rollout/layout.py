@@ -30,8 +30,9 @@ def flat(packed: Packed, members: np.ndarray) -> Sequences:
 def shared(packed: Packed, members: np.ndarray, length: int, most_rows: int) -> Sequences:
   """Returns the rows `members` in few sequences.
 
-  The rows of a prompt stay together where they fit; else they are cut in the order of their tokens, and what the parts
-  have in common is repeated.  Parts go, the largest first, where they leave the least room (best fit decreasing).
+  The rows of a prompt stay together: the largest first, each where it leaves the least room (best fit decreasing).
+  Rows of a prompt that no sequence holds are cut in the order of their tokens, and what the parts have in common is
+  repeated.  Where prompts fit so badly that cutting them anywhere takes fewer sequences, that is done.
 
   Args:
     packed: a step's rows.
@@ -41,33 +42,42 @@ def shared(packed: Packed, members: np.ndarray, length: int, most_rows: int) -> 
   """
   if not len(members):
     return Sequences([], np.zeros(0, np.int64))
-  order = _sorted(packed, members)
-  group = packed.traj.group_id[order]
-  order = order[np.argsort(group, kind='stable')]
-  own, common = packed.lengths[order].astype(np.int64), _common(packed, order)
-  start = np.append(True, np.diff(packed.traj.group_id[order]) != 0)
   by_text = _sorted(packed, members)
+  order = by_text[np.argsort(packed.traj.group_id[by_text], kind='stable')]
+  new = np.diff(packed.traj.group_id[order], prepend=packed.traj.group_id[order[0]] - 1) != 0
   everywhere = int(_common(packed, by_text[[0, -1]])[1])         # of all rows: an instruction before every question
-  parts, first, size = [], 0, 0
+  whole = _best_fit(_runs(packed, order, new, length, most_rows), length, most_rows, everywhere)
+  cut = [rows for _, rows in _runs(packed, order, np.zeros_like(new), length, most_rows)]
+  rows = [_sorted(packed, rows) for rows in (cut if len(cut) < len(whole) else whole)]
+  return Sequences(rows, np.array([np.sum(packed.lengths[r] - _common(packed, r)) for r in rows], np.int64))
+
+
+def _runs(packed, order, breaks, length, most_rows):
+  """[(tokens, rows)] of runs of `order` that a sequence holds; a run ends where it is full and before each break."""
+  own, common = packed.lengths[order].astype(np.int64), _common(packed, order)
+  runs, first, size = [], 0, 0
   for i in range(len(order)):
     more = int(own[i] - common[i])
-    if i and (start[i] or size + more > length or i - first == most_rows):
-      parts.append((size, order[first:i]))
-      first, size, more = i, 0, int(own[i])
+    if i and (breaks[i] or size + more > length or i - first == most_rows):
+      runs.append((size, order[first:i]))
+      first, size = i, 0
     size += int(own[i]) if i == first else more
-  parts.append((size, order[first:]))
-  room, left, rows = np.zeros(len(parts), np.int64), np.zeros(len(parts), np.int64), []
-  for size, part in sorted(parts, key=lambda p: -p[0]):
-    fits = np.flatnonzero((room[:len(rows)] >= size - everywhere) & (left[:len(rows)] >= len(part)))
+  return [*runs, (size, order[first:])]
+
+
+def _best_fit(runs, length, most_rows, everywhere):
+  """Rows of sequences that hold the runs, the largest first; behind another a run costs nothing for what all share."""
+  room, left, rows = np.zeros(len(runs), np.int64), np.zeros(len(runs), np.int64), []
+  for size, run in sorted(runs, key=lambda r: -r[0]):
+    fits = np.flatnonzero((room[:len(rows)] >= size - everywhere) & (left[:len(rows)] >= len(run)))
     if not len(fits):
-      room[len(rows)], left[len(rows)] = length - size, most_rows - len(part)
-      rows.append([part])
+      room[len(rows)], left[len(rows)] = length - size, most_rows - len(run)
+      rows.append([run])
     else:
       best = fits[np.argmin(room[fits])]
-      room[best], left[best] = room[best] - (size - everywhere), left[best] - len(part)
-      rows[best].append(part)
-  rows = [_sorted(packed, np.concatenate(parts)) for parts in rows]
-  return Sequences(rows, np.array([np.sum(packed.lengths[r] - _common(packed, r)) for r in rows], np.int64))
+      room[best], left[best] = room[best] - (size - everywhere), left[best] - len(run)
+      rows[best].append(run)
+  return [np.concatenate(parts) for parts in rows]
 
 
 def _sorted(packed: Packed, rows: np.ndarray) -> np.ndarray:
