@@ -29,6 +29,6 @@ def get_stage():
       optimizer=dict(name='muon', momentum=0.9, steps=4, adam_scale=2.0, b1=0.9, b2=0.95, clip_norm=1.0),
       length=dict(buckets=((2, 512),)),
       updates=dict(minibatches=1, epochs=1, microbatch_rows=2, drop_zero_credit=False, old_logp='sampler',
-                   off_policy_steps=0),
+                   off_policy_steps=0, layout='shared', sequence_rows=32),
       evals=dict(every=0, final_num=0, episodes=0),
       checkpoint=dict(every=150))
