@@ -133,9 +133,9 @@ def _engine(tok: Tokenizer, program: Programs, schedule: Schedule, automaton: ja
     return finished
 
   def logprob(prefixes: Sequence[Ids], targets: Sequence[Ids]) -> np.ndarray:
-    whole = [np.concatenate([prefix, target]) for prefix, target in zip(prefixes, targets, strict=True)]
-    state['scored_tokens'] += sum(map(len, whole))
-    return read(state['whole'], whole, [np.arange(len(w)) >= len(p) for w, p in zip(whole, prefixes, strict=True)])
+    values, tokens = scoring.read_targets(read, state['whole'], prefixes, targets)
+    state['scored_tokens'] += tokens
+    return values
 
   def take_counts():
     peak = max(m.pages.peak for m in schedule.memories)

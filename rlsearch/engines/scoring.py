@@ -61,6 +61,13 @@ def reader(fn: Callable[..., jax.Array], mesh: Mesh, rows: int, contexts: Sequen
   return read
 
 
+def read_targets(read: Reader, params: Params, prefixes: Sequence[Ids], targets: Sequence[Ids]) -> tuple[np.ndarray, int]:
+  """Returns what `read` says of each target behind its prefix, f32[n], and how many tokens it was given."""
+  whole = [np.concatenate([prefix, target]) for prefix, target in zip(prefixes, targets, strict=True)]
+  marks = [np.arange(len(w)) >= len(p) for w, p in zip(whole, prefixes, strict=True)]
+  return read(params, whole, marks), sum(map(len, whole))
+
+
 def _positions(tokens: jax.Array) -> jax.Array:
   return jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 

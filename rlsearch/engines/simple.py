@@ -89,9 +89,9 @@ def simple(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *, ro
     return finished
 
   def logprob(prefixes: Sequence[Ids], targets: Sequence[Ids]) -> np.ndarray:
-    whole = [np.concatenate([prefix, target]) for prefix, target in zip(prefixes, targets, strict=True)]
-    counts['scored_tokens'] += sum(map(len, whole))
-    return read(state['params'], whole, [np.arange(len(w)) >= len(p) for w, p in zip(whole, prefixes, strict=True)])
+    values, tokens = scoring.read_targets(read, state['params'], prefixes, targets)
+    counts['scored_tokens'] += tokens
+    return values
 
   def take_counts():
     taken = dict(counts)
