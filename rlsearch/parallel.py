@@ -29,11 +29,11 @@ RULES: Mapping[str, str | tuple[str, ...]] = {
 }
 
 
-def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None, entry: str = 'config.mesh') -> Mesh:
   """Returns a mesh with axes data, fsdp, tensor; of the sizes at most one may be -1 (all that is left).
 
   Axis types are Auto, said explicitly: jax.make_mesh gives Explicit axes by default, under which every
-  operation would have to say its sharding.
+  operation would have to say its sharding.  `entry` of the config is named in errors.
 
   Raises:
     ValueError: an unknown axis, or sizes that do not multiply to the number of devices.
@@ -41,15 +41,15 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
   devices = list(jax.devices() if devices is None else devices)
   unknown = set(shape) - set(AXES)
   if unknown:
-    raise ValueError(f'config.mesh.{sorted(unknown)[0]}: unknown axis; known: {list(AXES)}')
+    raise ValueError(f'{entry}.{sorted(unknown)[0]}: unknown axis; known: {list(AXES)}')
   sizes = [int(shape.get(axis, 1)) for axis in AXES]
   if sizes.count(-1) > 1 or any(n == 0 or n < -1 for n in sizes):
-    raise ValueError(f'config.mesh={dict(shape)}: sizes are positive, at most one is -1')
+    raise ValueError(f'{entry}={dict(shape)}: sizes are positive, at most one is -1')
   known = math.prod(n for n in sizes if n > 0)
   if -1 in sizes and len(devices) % known == 0:
     sizes[sizes.index(-1)] = len(devices) // known
   if -1 in sizes or math.prod(sizes) != len(devices):
-    raise ValueError(f'config.mesh={dict(shape)}: wants {known} devices (or a multiple of it), found {len(devices)}')
+    raise ValueError(f'{entry}={dict(shape)}: wants {known} devices (or a multiple of it), found {len(devices)}')
   return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 

@@ -72,7 +72,7 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
   if first > config['steps']:
     raise ValueError(f'stage {name!r}: steps={config["steps"]}, but {folder} holds a run of {first} steps')
 
-  sampler = parallel.make_mesh(config['sampler_mesh'], jax.local_devices())
+  sampler = parallel.make_mesh(config['sampler_mesh'], jax.local_devices(), 'config.sampler_mesh')
   to_sampler = lambda params: parallel.to_local(params, params_lib.shardings(trunk, sampler))
   engine  = method_lib.resolve('engine', engines, config['engine'], model, shared.tok, method.protocol.stops, sampler)
   own     = services.own(config, engine, shared.tok, model.config, folder.parent, sampler)

@@ -23,6 +23,10 @@ class TestMakeMesh:
     """Under jax's default, Explicit, each operation would have to say its sharding."""
     assert parallel.make_mesh(dict(data=-1)).axis_types == (AxisType.Auto,) * 3
 
+  def test_errors_name_the_entry(self):
+    with pytest.raises(ValueError, match=r"config\.sampler_mesh=\{'tensor': 3\}: wants 3 devices"):
+      parallel.make_mesh(dict(tensor=3), None, 'config.sampler_mesh')
+
   def test_some_devices(self):
     assert parallel.make_mesh(dict(data=-1, tensor=2), jax.devices()[:4]).devices.shape == (2, 1, 2)
 
