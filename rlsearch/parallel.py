@@ -10,27 +10,34 @@ import math
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
 from rlsearch.types import Cursor
 
-AXES = ('data', 'fsdp', 'tensor')
+# From the slowest links to the fastest.  slice: over the data-centre network; data: whole copies; fsdp: rows and a
+# part of each weight; sequence: tokens of a sequence; expert: rows, and a part of a mixture's experts; tensor: heads.
+AXES = ('slice', 'data', 'fsdp', 'sequence', 'expert', 'tensor')
 
-# Logical axis -> mesh axis.  An axis that is not listed, or that the mesh axis does not divide, is replicated.
-RULES: Mapping[str, str | tuple[str, ...]] = {
-    'batch': ('data', 'fsdp'),
-    'embed': 'fsdp',
-    'heads': 'tensor',
-    'kv_heads': 'tensor',
-    'ffn': 'tensor',
-    'vocab_out': 'tensor',
+# Logical axis -> mesh axes.  A dimension takes those of them that divide it and that no other dimension of the array
+# has; what is not listed is replicated.
+RULES: Mapping[str, tuple[str, ...]] = {
+    'batch': ('slice', 'data', 'fsdp', 'expert'),
+    'sequence': ('sequence',),
+    'embed': ('fsdp', 'sequence', 'expert'),
+    'heads': ('tensor',),
+    'kv_heads': ('tensor',),
+    'ffn': ('tensor',),
+    'expert': ('expert',),
+    'vocab_in': ('tensor',),
+    'vocab_out': ('tensor',),
 }
 
 
 def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = None, entry: str = 'config.mesh') -> Mesh:
-  """Returns a mesh with axes data, fsdp, tensor; of the sizes at most one may be -1 (all that is left).
+  """Returns a mesh with the axes AXES, 1 where nothing is said; of the sizes at most one may be -1 (all that is left).
 
   Axis types are Auto, said explicitly: jax.make_mesh gives Explicit axes by default, under which every
   operation would have to say its sharding.  `entry` of the config is named in errors.
@@ -50,7 +57,36 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     sizes[sizes.index(-1)] = len(devices) // known
   if -1 in sizes or math.prod(sizes) != len(devices):
     raise ValueError(f'{entry}={dict(shape)}: wants {known} devices (or a multiple of it), found {len(devices)}')
-  return Mesh(np.asarray(devices).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return Mesh(_arranged(devices, sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _arranged(devices: Sequence[jax.Device], sizes: Sequence[int]) -> np.ndarray:
+  """The devices in the mesh's shape: neighbours along its last axes where the machine has an arrangement."""
+  if devices[0].platform != 'tpu':
+    return np.asarray(devices).reshape(sizes)
+  try:
+    if sizes[0] > 1:
+      return mesh_utils.create_hybrid_device_mesh((1, *sizes[1:]), (sizes[0],) + (1,) * (len(sizes) - 1), devices,
+                                                  allow_split_physical_axes=True)
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  except NotImplementedError:                                  # no arrangement of that shape is known
+    return np.asarray(devices).reshape(sizes)
+
+
+def check_hosts(mesh: Mesh) -> None:
+  """Raises ValueError unless every process has rows of its own: what it rolled out goes to its own devices.
+
+  Devices of two processes that hold the same rows would hold different ones.
+  """
+  owners: dict[int, set[int]] = {}
+  ways, axes = batch_ways(mesh), [AXES.index(axis) for axis in RULES['batch']]
+  for place, device in np.ndenumerate(mesh.devices):
+    row = int(np.ravel_multi_index([place[i] for i in axes], [mesh.devices.shape[i] for i in axes]))
+    owners.setdefault(row, set()).add(device.process_index)
+  shared = [row for row, processes in owners.items() if len(processes) > 1]
+  if shared or ways % jax.process_count():
+    raise ValueError(f'config.mesh={dict(mesh.shape)}: {jax.process_count()} processes share {ways} parts of the rows; wants '
+                     'slice x data x fsdp x expert a multiple of the processes, and sequence x tensor within one process')
 
 
 def batch_ways(mesh: Mesh) -> int:
@@ -66,15 +102,25 @@ def whole_rows(rows: int, mesh: Mesh) -> int:
 
 def spec(axes: Sequence[str], shape: Sequence[int], mesh: Mesh) -> P:
   """Returns the partition of an array by its logical axes; a mesh axis serves at most one dimension."""
-  used, entries = set(), []
-  for name, size in zip(axes, shape, strict=True):
-    rule = RULES.get(name)
-    names = () if rule is None else (rule,) if isinstance(rule, str) else tuple(rule)
-    ways = math.prod(mesh.shape[n] for n in names)
-    fits = bool(names) and size % ways == 0 and not used & set(names)
-    entries.append((names[0] if len(names) == 1 else names) if fits else None)
-    used |= set(names) if fits else set()
-  return P(*entries)
+  if len(axes) != len(shape):
+    raise ValueError(f'axes {tuple(axes)} of an array of shape {tuple(shape)}: wants a name for every axis')
+  entries: list[tuple[str, ...]] = [()] * len(shape)
+  used = set()
+  # A mixture's experts first: their axis is theirs, whatever other dimension could take it.
+  for i in sorted(range(len(shape)), key=lambda i: axes[i] != 'expert'):
+    for name in RULES.get(axes[i], ()):
+      ways = math.prod(mesh.shape[n] for n in (*entries[i], name))
+      if name not in used and mesh.shape[name] > 1 and shape[i] % ways == 0:
+        entries[i] += (name,)
+        used.add(name)
+  return P(*(None if not names else names[0] if len(names) == 1 else names for names in entries))
+
+
+def constrain(x: jax.Array, axes: Sequence[str], mesh: Mesh | None) -> jax.Array:
+  """Returns x, laid out by its logical axes; as it is without a mesh or on one device."""
+  if mesh is None or mesh.devices.size == 1:
+    return x
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec(axes, x.shape, mesh)))
 
 
 def rows(mesh: Mesh) -> NamedSharding:
@@ -112,24 +158,48 @@ def to_replicated(tree: Any, mesh: Mesh) -> Any:
 def to_local(tree: Any, shardings: Any) -> Any:
   """Returns the tree on this host's own devices; every host calls it with the same arrays.
 
-  What lies on several hosts is gathered by a collective first: no transfer crosses hosts by itself.  What lies there
-  already is not copied.
+  What lies on several hosts is gathered by a collective first, one array after the other: no transfer crosses hosts by
+  itself, and no device holds more than one whole array that it does not keep.  What lies there already is not copied.
 
   Args:
     tree: arrays.
     shardings: a tree of shardings, or one for all, over devices of this host.
   """
-  leaves = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) and not x.is_fully_addressable]
-  if leaves:
-    whole = _gather(leaves[0].sharding.mesh)(tree)
-    tree = jax.tree.map(lambda x: x.addressable_data(0), whole)
-  return jax.device_put(tree, shardings)
+  if isinstance(shardings, jax.sharding.Sharding):
+    shardings = jax.tree.map(lambda _: shardings, tree)
+  def one(x, sharding):
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+      x = _layers(x, sharding) if x.ndim > 2 else _gather(x.sharding.mesh)(x).addressable_data(0)
+    return jax.block_until_ready(jax.device_put(x, sharding)) if jax.process_count() > 1 else jax.device_put(x, sharding)
+  return jax.tree.map(one, tree, shardings)
+
+
+def _layers(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+  """A stacked array of several hosts on this one's devices: no more than a layer is whole on any of them."""
+  spec = tuple(sharding.spec) + (None,) * (x.ndim - len(sharding.spec))
+  if spec[0] is not None:
+    raise ValueError(f'sharding {sharding.spec} of a stacked array: wants its layers undivided')
+  layer = NamedSharding(sharding.mesh, P(*spec[1:]))
+  take = _gather_layer(x.sharding.mesh)
+  parts = [jax.block_until_ready(jax.device_put(take(x, i).addressable_data(0), layer)) for i in range(x.shape[0])]
+  return jax.jit(lambda parts: jnp.stack(parts), out_shardings=sharding, donate_argnums=0)(parts)
+
+
+@functools.lru_cache(maxsize=4)
+def _gather_layer(mesh: Mesh):
+  return jax.jit(lambda x, i: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), out_shardings=replicated(mesh))
 
 
 @functools.lru_cache(maxsize=4)
 def _gather(mesh: Mesh):
   """The compiled identity that ends on every device of every host."""
-  return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
+  return jax.jit(lambda x: x, out_shardings=replicated(mesh))
+
+
+def kv_copies(num_kv_heads: int, mesh: Mesh) -> int:
+  """Returns how many devices of the tensor axis hold each key/value head: more than 1 where heads are fewer than ways."""
+  ways = mesh.shape['tensor']
+  return 1 if num_kv_heads % ways == 0 else ways // num_kv_heads if ways % num_kv_heads == 0 else ways
 
 
 ## What the hosts share.

@@ -22,7 +22,7 @@ def shape(**entries) -> ModelConfig:
   """Returns a float32 model of two layers; 2 divides every size, so a mesh of 2 x 2 x 2 cuts every matrix."""
   return ModelConfig(**{**dict(
       vocab_size=40, num_layers=2, width=16, num_heads=4, num_kv_heads=2, head_size=4, ffn=24, rope_base=100.,
-      remat=False, dtype='float32', vocab_chunk=16), **entries})
+      remat='none', dtype='float32', vocab_chunk=16), **entries})
 
 
 def weights(config: ModelConfig, seed: int = 0):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import small
 
-from rlsearch.models import config as model_config, copy_init, heads, model as models, params as params_lib, transformer
+from rlsearch.models import copy_init, heads, model as models, params as params_lib, transformer, variants
 
-CONFIG = model_config.resolve('tiny', dict(vocab_size=400))
+CONFIG = variants.resolve('tiny', dict(vocab_size=400))
 SEGMENT, BEFORE, BETWEEN = 10, 20, 10
 
 
@@ -25,14 +25,14 @@ def repeated(rows=16, seed=0):
 def run(params, tokens):
   """Attention of the first head of each layer [L, B, T, S], and every position's log-probabilities [B, T, V]."""
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-  seen = []
-  def attend(q, k, v):
+  seen, turned = [], transformer.rotations(CONFIG, positions)
+  def attend(q, k, v, kind):
     scores = jnp.einsum('BTH,BSH->BTS', q[:, :, 0, 0], k[:, :, 0])
     seen.append(jax.nn.softmax(jnp.where(jnp.tril(jnp.ones(scores.shape[1:], bool)), scores, -1e30)))
-    return transformer.causal(q, k, v)
+    return transformer.causal(CONFIG)(q, k, v, kind)
   x = transformer.lookup(CONFIG, params, tokens)
   for i in range(CONFIG.num_layers):
-    x, _ = transformer.block(CONFIG, jax.tree.map(lambda p: p[i], params['layers']), x, positions, attend)
+    x, _ = transformer.block(CONFIG, jax.tree.map(lambda p: p[i], params['layers']), x, turned, attend, 0)
   x = transformer.rms_norm(x, params['final_norm'], CONFIG.norm_eps)
   return jnp.stack(seen), jax.nn.log_softmax(heads.logits(CONFIG, params, x))
 

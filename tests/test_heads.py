@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import small
 
-from rlsearch.models import heads
+from rlsearch.models import heads, vocabulary
 
 
 def dense(hidden, table, targets):
@@ -40,9 +40,9 @@ def dense_grad(hidden, table, targets, g_logp, g_entropy):
 @partial(jax.jit, static_argnums=3)
 def stats_and_grads(hidden, table, targets, chunk, g):
   def total(hidden, table):
-    logp, entropy = heads.chosen_logp(hidden, table, targets, chunk, len(table))
+    logp, entropy = vocabulary.chosen_logp(hidden, table, targets, chunk, len(table))
     return jnp.sum(g[0] * logp) + jnp.sum(g[1] * entropy)
-  return heads.chosen_logp(hidden, table, targets, chunk, len(table)), jax.grad(total, (0, 1))(hidden, table)
+  return vocabulary.chosen_logp(hidden, table, targets, chunk, len(table)), jax.grad(total, (0, 1))(hidden, table)
 
 
 def example(scale, n=7, v=30, d=6, seed=0):
@@ -93,9 +93,9 @@ class TestChosenLogp:
 
   def test_certain_token(self):
     hidden, table = np.float32([[1e4, 0]]), np.float32([[1, 0], [-1, 0], [0, 1]])
-    logp, entropy = heads.chosen_logp(hidden, table, np.int32([0]), 2, 3)
+    logp, entropy = vocabulary.chosen_logp(hidden, table, np.int32([0]), 2, 3)
     assert float(logp[0]) == 0 and abs(float(entropy[0])) < 1e-3
-    grads = jax.grad(lambda h, t: sum(jnp.sum(x) for x in heads.chosen_logp(h, t, np.int32([1]), 2, 3)), (0, 1))(hidden, table)
+    grads = jax.grad(lambda h, t: sum(jnp.sum(x) for x in vocabulary.chosen_logp(h, t, np.int32([1]), 2, 3)), (0, 1))(hidden, table)
     assert all(bool(jnp.all(jnp.isfinite(g))) for g in grads)
 
   @pytest.mark.parametrize('num_tokens', [21, 25])            # inside a chunk and at the end of one
@@ -104,7 +104,7 @@ class TestChosenLogp:
     targets = targets % num_tokens
     def both(table, num_tokens):
       def total(hidden, table):
-        logp, entropy = heads.chosen_logp(hidden, table, targets, 5, num_tokens)
+        logp, entropy = vocabulary.chosen_logp(hidden, table, targets, 5, num_tokens)
         return jnp.sum(logp) + jnp.sum(entropy), (logp, entropy)
       return jax.grad(total, (0, 1), has_aux=True)(hidden, table)
     (d_hidden, d_table), out = both(table, num_tokens)
@@ -117,7 +117,7 @@ class TestChosenLogp:
     n, v, d, chunk = 7, 96, 6, 16
     hidden, table, targets = example(1.0, n, v, d)
     def total(hidden, table):
-      return sum(jnp.sum(x) for x in heads.chosen_logp(hidden, table, targets, chunk, v))
+      return sum(jnp.sum(x) for x in vocabulary.chosen_logp(hidden, table, targets, chunk, v))
     forward = list(shapes(jax.make_jaxpr(total)(hidden, table).jaxpr))
     both = list(shapes(jax.make_jaxpr(jax.grad(total, (0, 1)))(hidden, table).jaxpr))
     assert (n, chunk) in forward and (n, chunk) in both      # the walk does see inside the scans
@@ -129,7 +129,7 @@ class TestChosenLogp:
     n, v, d = 7, 96, 6
     hidden, table, targets = example(1.0, n, v, d)
     def total(hidden, table):
-      return sum(jnp.sum(x) for x in heads.chosen_logp(hidden, table, targets, 16, v))
+      return sum(jnp.sum(x) for x in vocabulary.chosen_logp(hidden, table, targets, 16, v))
     text = jax.jit(jax.grad(total, (0, 1))).lower(hidden, table).compile().as_text()
     assert 'f32[7,16]' in text
     assert not any(s in text for s in ('f32[7,96]', 'f32[96,7]', 'f32[6,7,16]', 'f32[6,16,7]'))

@@ -284,7 +284,7 @@ class TestAttend:
     monkeypatch.setattr(attention, 'SHORT', short)
     monkeypatch.setattr(attention, 'BLOCK', 8)
     q, k, v, until, g = self.example(length)
-    ours = lambda q, k, v: jnp.sum(attention.attend(until)(q, k, v) * g)
+    ours = lambda q, k, v: jnp.sum(attention.attend(q, k, v, until) * g)
     dense = lambda q, k, v: jnp.sum(transformer.masked_attention(q, k, v, attention.sees(until)) * g)
     found, wanted = (jax.jit(jax.value_and_grad(f, (0, 1, 2)), compiler_options=FAST)(q, k, v) for f in (ours, dense))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
@@ -296,7 +296,7 @@ class TestAttend:
     for short in (256, 8):
       monkeypatch.setattr(attention, 'SHORT', short)
       q, k, v, until, _ = self.example(48, jnp.bfloat16)
-      out = jax.jit(attention.attend(until), compiler_options=FAST)(q, k, v)
+      out = jax.jit(functools.partial(attention.attend, until=until), compiler_options=FAST)(q, k, v)
       assert out.dtype == jnp.bfloat16 and small.relative(out, exact) < 0.01
 
   def test_only_visible_pairs_are_listed(self):
@@ -306,7 +306,7 @@ class TestAttend:
 
   def test_memory_does_not_grow_with_the_square(self):
     until = jnp.full((1, 2048), 2048)
-    f = lambda q, k, v: jnp.sum(attention.attend(until)(q, k, v))
+    f = lambda q, k, v: jnp.sum(attention.attend(q, k, v, until))
     shapes = [jax.ShapeDtypeStruct((1, 2048, *rest), jnp.float32) for rest in ((2, 1, 8), (2, 8), (2, 8))]
     compiled = jax.jit(jax.grad(f, (0, 1, 2)), compiler_options=FAST).lower(*shapes).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 2048 * 2048 * 4     # of one head's scores alone

@@ -16,19 +16,19 @@ class TestMakeMesh:
       (dict(data=1, fsdp=-1, tensor=1), (1, 8, 1)), (dict(tensor=8), (1, 1, 8))])
   def test_sizes(self, shape, sizes):
     mesh = parallel.make_mesh(shape)
-    assert mesh.axis_names == ('data', 'fsdp', 'tensor') and mesh.devices.shape == sizes
+    assert mesh.axis_names == parallel.AXES and [mesh.shape[n] for n in ('data', 'fsdp', 'tensor')] == list(sizes)
     assert list(mesh.devices.flat) == jax.devices()
 
   def test_axes_are_auto(self):
     """Under jax's default, Explicit, each operation would have to say its sharding."""
-    assert parallel.make_mesh(dict(data=-1)).axis_types == (AxisType.Auto,) * 3
+    assert parallel.make_mesh(dict(data=-1)).axis_types == (AxisType.Auto,) * 6
 
   def test_errors_name_the_entry(self):
     with pytest.raises(ValueError, match=r"config\.sampler_mesh=\{'tensor': 3\}: wants 3 devices"):
       parallel.make_mesh(dict(tensor=3), None, 'config.sampler_mesh')
 
   def test_some_devices(self):
-    assert parallel.make_mesh(dict(data=-1, tensor=2), jax.devices()[:4]).devices.shape == (2, 1, 2)
+    assert parallel.make_mesh(dict(data=-1, tensor=2), jax.devices()[:4]).devices.shape == (1, 2, 1, 1, 1, 2)
 
   @pytest.mark.parametrize('shape, message', [
       (dict(model=2), r'config\.mesh\.model: unknown axis; known'),
@@ -49,7 +49,7 @@ class TestSpec:
   @pytest.mark.parametrize('axes, shape, wanted', [
       (('layer', 'embed', 'heads', 'head_dim'), (3, 8, 4, 5), P(None, 'fsdp', 'tensor', None)),
       (('layer', 'heads', 'head_dim', 'embed'), (3, 4, 5, 8), P(None, 'tensor', None, 'fsdp')),
-      (('vocab_in', 'embed'), (7, 8), P(None, 'fsdp')),
+      (('vocab_in', 'embed'), (7, 8), P(None, 'fsdp')), (('vocab_in', 'embed'), (8, 8), P('tensor', 'fsdp')),
       (('vocab_out', 'embed'), (8, 8), P('tensor', 'fsdp')),
       (('batch', 'length'), (8, 5), P(('data', 'fsdp'), None)),
       ((), (), P())])
@@ -60,7 +60,7 @@ class TestSpec:
     """Two key heads over a tensor axis of two, one key head over none."""
     assert parallel.spec(('kv_heads', 'embed'), (2, 9), self.mesh()) == P('tensor', None)
     assert parallel.spec(('kv_heads', 'embed'), (1, 8), self.mesh()) == P(None, 'fsdp')
-    assert parallel.spec(('batch',), (6,), self.mesh()) == P(None)
+    assert parallel.spec(('batch',), (6,), self.mesh()) == P('data')
 
   def test_a_mesh_axis_serves_one_dimension(self):
     assert parallel.spec(('heads', 'ffn'), (4, 4), self.mesh()) == P('tensor', None)

@@ -11,7 +11,7 @@ import pytest
 import small
 
 from rlsearch.models import decode, heads, model as models, transformer
-from rlsearch.models.transformer import causal
+
 
 
 def reference(config, params, tokens):
@@ -58,7 +58,7 @@ def reference(config, params, tokens):
 @partial(jax.jit, static_argnums=0)
 def forward(config, params, tokens):
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-  return transformer.forward(config, params, tokens, positions, causal)
+  return transformer.forward(config, params, tokens, positions, transformer.causal(config))
 
 
 def random_tokens(config, rows=2, length=9, seed=0):
@@ -94,12 +94,12 @@ class TestForward:
   def test_scan_equals_a_loop_over_layers(self):
     config = small.shape(num_layers=3)
     params, tokens = small.weights(config), random_tokens(config)
-    positions = np.broadcast_to(np.arange(9), tokens.shape)
+    turned = transformer.rotations(config, np.broadcast_to(np.arange(9), tokens.shape))
     @jax.jit
     def loop(params):
       x = transformer.lookup(config, params, tokens)
       for i in range(config.num_layers):
-        x, _ = transformer.block(config, jax.tree.map(lambda p: p[i], params['layers']), x, positions, causal)
+        x, _ = transformer.block(config, jax.tree.map(lambda p: p[i], params['layers']), x, turned, transformer.causal(config), 0)
       return transformer.rms_norm(x, params['final_norm'], config.norm_eps)
     np.testing.assert_allclose(forward(config, params, tokens), loop(params), atol=1e-5)
 
@@ -107,7 +107,7 @@ class TestForward:
     config = small.shape()
     params, tokens = small.weights(config), random_tokens(config)
     positions = np.broadcast_to(np.arange(9), tokens.shape)
-    hidden, (keys, values) = jax.jit(partial(transformer.forward_with_cache, config, attend=causal))(
+    hidden, (keys, values) = jax.jit(partial(transformer.forward_with_cache, config, attend=transformer.causal(config)))(
         params, tokens, positions)
     np.testing.assert_allclose(hidden, forward(config, params, tokens), atol=1e-5)
     assert keys.shape == values.shape == (2, 2, 9, 2, 4)                 # L, B, T, M, H
@@ -120,7 +120,7 @@ class TestForward:
         logp, entropy = heads.token_stats(config, params, models.hidden_states(config, params, small.layout(tokens)), tokens)
         return jnp.sum(logp) + jnp.sum(entropy)
       return jax.jit(jax.grad(loss))
-    with_remat = grad(dataclasses.replace(config, remat=True))
+    with_remat = grad(dataclasses.replace(config, remat='full'))
     assert 'remat' in str(jax.make_jaxpr(with_remat)(params)) or 'checkpoint' in str(jax.make_jaxpr(with_remat)(params))
     assert small.relative(with_remat(params), grad(config)(params)) < 1e-6
 
@@ -149,7 +149,7 @@ class TestForward:
     config = small.shape()
     params, tokens = small.weights(config), random_tokens(config)
     positions = np.broadcast_to(np.arange(9), tokens.shape)
-    shifted = jax.jit(lambda p, at: transformer.forward(config, p, tokens, at, causal))(params, positions + 11)
+    shifted = jax.jit(lambda p, at: transformer.forward(config, p, tokens, at, transformer.causal(config)))(params, positions + 11)
     np.testing.assert_allclose(shifted, forward(config, params, tokens), atol=2e-5)
 
   def test_bfloat16_activations_from_float32_parameters(self):
@@ -185,6 +185,7 @@ class TestPrefillAndDecode:
     layers = tuple(jax.tree.map(lambda x: x[i], params['layers']) for i in range(config.num_layers))
     step = jax.jit(partial(decode.decode_step, config))
     columns = np.arange(width + new)
+    key_positions = np.where(columns < width, columns, lengths[:, None] + columns - width)
     wanted = np.asarray(forward(config, params, rows))
     for t in range(new + 1):
       for b in range(2):
@@ -192,4 +193,4 @@ class TestPrefillAndDecode:
       if t < new:
         sees = (columns < lengths[:, None]) | ((columns >= width) & (columns <= width + t))
         token = rows[np.arange(2), lengths + t]
-        cache, hidden = step(layers, params, cache, token, lengths + t, jnp.int32(width + t), sees)
+        cache, hidden = step(layers, params, cache, token, lengths + t, jnp.int32(width + t), sees, key_positions)

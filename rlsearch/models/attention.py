@@ -1,13 +1,13 @@
 """Attention over a layout: which token sees which is said by one number a key, and the cost follows the visible pairs.
 
 Query i sees key j where j <= i < until[j] (types.Layout): tokens lie in the order of a walk through their tree,
-so those that continue key j follow it without a gap.  `attend` is the one door; other kernels go behind it.
+so those that continue key j follow it without a gap.  In a local layer it sees those of its last `window` positions.
+The plain kernel, for CPUs and wherever no other fits; models.kernels is the door.
 
 In einsums: P sequences, M key/value heads, Q queries of a block with all heads of a group, K keys, H head size.
 """
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -19,27 +19,33 @@ WIDE = 512       # on accelerators, where a tile costs a handful of kernels what
 _NONE = -1e30
 
 
-def attend(until: jax.Array) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-  """Returns attention over a layout, (q [P, S, M, G, H], k [P, S, M, H], v [P, S, M, H]) -> [P, S, M, G, H].
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, until: jax.Array, positions: jax.Array | None = None,
+           window: int | jax.Array = 0, block: int = BLOCK) -> jax.Array:
+  """Returns attention over a layout, [P, S, M, G, H].
 
-  o_i = Σ_j softmax_j(q_i · k_j) v_j over the keys j <= i < until[j], softmax in float32.  Queries come scaled.  Neither
-  direction holds more than one block of queries' scores at a time; the backward pass computes them again (Dao et al.
-  2022, Alg. 1 and 4).
+  o_i = Σ_j softmax_j(q_i · k_j) v_j over the keys j <= i < until[j], softmax in float32.  Neither direction holds more
+  than one block of queries' scores at a time; the backward pass computes them again (Dao et al. 2022, Alg. 1 and 4).
 
   Args:
+    q: [P, S, M, G, H], scaled.
+    k, v: [P, S, M, H].
     until: i32[P, S], of the layout; each token that matters sees itself.
+    positions: i32[P, S], of the layout; None: no layer has a window.
+    window: the keys of which position(i) - position(j) < window are seen; read only with `positions`.
+    block: tokens of a tile of a long sequence.
   """
+  place = None if positions is None else (positions, jnp.asarray(window, jnp.int32))
   if until.shape[1] <= SHORT:
-    return lambda q, k, v: _short(q, k, v, until)
-  block = BLOCK if jax.default_backend() == 'cpu' else WIDE
+    return _short(q, k, v, until, place)
   pairs, count = visible_pairs(until, block)
-  return lambda q, k, v: _long(q, k, v, until, pairs, count, block)
+  return _long(q, k, v, until, place, pairs, count, block)
 
 
-def sees(until: jax.Array) -> jax.Array:
-  """Returns bool[P, S, S]: whether query i sees key j."""
+def sees(until: jax.Array, positions: jax.Array | None = None, window: int | jax.Array = 0) -> jax.Array:
+  """Returns bool[P, S, S]: whether query i sees key j; arguments as for `attend`."""
   at = jnp.arange(until.shape[1])
-  return (at[None, None, :] <= at[None, :, None]) & (at[None, :, None] < until[:, None, :])
+  found = (at[None, None, :] <= at[None, :, None]) & (at[None, :, None] < until[:, None, :])
+  return found if positions is None else found & (positions[:, :, None] - positions[:, None, :] < window)
 
 
 def visible_pairs(until: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
@@ -76,14 +82,19 @@ def _by_tokens(x, G):
   return jnp.transpose(x.reshape(P, M, G, n // G, H), (0, 3, 1, 2, 4))
 
 
-def _scores(q, k, until, first_query, first_key):
-  """f32[P, M, Q, K] of a tile: q [P, M, Q, H] with its groups one behind the other, k [P, M, K, H], until [P, K]."""
+def _scores(q, k, until, place, first_query, first_key):
+  """f32[P, M, Q, K] of a tile: q [P, M, Q, H] with its groups one behind the other, k [P, M, K, H], until [P, K].
+
+  place: positions of queries [P, T] and keys [P, K], and the window; None for no window.
+  """
   groups, num_keys = q.shape[2], k.shape[2]
   z = jnp.einsum('PMQH,PMKH->PMQK', q, k, preferred_element_type=jnp.float32)
   num = first_query[1]
   i = first_query[0] + jnp.arange(num)[:, None]
   j = first_key + jnp.arange(num_keys)[None, :]
   visible = (j <= i) & (i < until[:, None, :])                                      # [P, T, K]
+  if place is not None:
+    visible &= place[0][:, :, None] - place[1][:, None, :] < place[2]
   z = z.reshape(z.shape[:2] + (groups // num, num, num_keys))
   return jnp.where(visible[:, None, None], z, _NONE).reshape(z.shape[:2] + (groups, num_keys))
 
@@ -104,16 +115,22 @@ def _short_blocks(length):
   return [(first, min(first + BLOCK, length)) for first in range(0, length, BLOCK)]
 
 
+def _part(place, queries, keys):
+  """The positions of a tile."""
+  return None if place is None else (place[0][:, queries], place[0][:, keys], place[1])
+
+
 @jax.custom_vjp
-def _short(q, k, v, until):
-  return _short_forward(q, k, v, until)[0]
+def _short(q, k, v, until, place):
+  return _short_forward(q, k, v, until, place)[0]
 
 
-def _short_forward(q, k, v, until):
+def _short_forward(q, k, v, until, place):
   G, (kh, vh) = q.shape[3], (_by_heads(k), _by_heads(v))
   out, log_totals = [], []
   for first, end in _short_blocks(q.shape[1]):
-    z = _scores(_by_heads(q[:, first:end]), kh[:, :, :end], until[:, :end], (first, end - first), 0)
+    here = _part(place, slice(first, end), slice(0, end))
+    z = _scores(_by_heads(q[:, first:end]), kh[:, :, :end], until[:, :end], here, (first, end - first), 0)
     largest = jnp.max(z, axis=-1, keepdims=True)
     e = jnp.exp(z - largest)
     total = jnp.sum(e, axis=-1, keepdims=True)
@@ -121,24 +138,24 @@ def _short_forward(q, k, v, until):
     out.append(_by_tokens(o.astype(v.dtype), G))
     log_totals.append((largest + jnp.log(total))[..., 0])
   out = jnp.concatenate(out, axis=1)
-  return out, (q, k, v, until, out, log_totals)
+  return out, (q, k, v, until, place, out, log_totals)
 
 
 def _short_backward(saved, g):
-  q, k, v, until, out, log_totals = saved
+  q, k, v, until, place, out, log_totals = saved
   G, (kh, vh) = q.shape[3], (_by_heads(k), _by_heads(v))
   dot = jnp.sum(g.astype(jnp.float32) * out, axis=-1, keepdims=True)
   dq, dk, dv = [], 0.0, 0.0
   for (first, end), log_total in zip(_short_blocks(q.shape[1]), log_totals, strict=True):
     here = slice(first, end)
     qh, gh, keys, values = _by_heads(q[:, here]), _by_heads(g[:, here]), kh[:, :, :end], vh[:, :, :end]
-    z = _scores(qh, keys, until[:, :end], (first, end - first), 0)
+    z = _scores(qh, keys, until[:, :end], _part(place, here, slice(0, end)), (first, end - first), 0)
     dq_, dk_, dv_ = _tile_gradients(qh, keys, values, gh, z, log_total, _by_heads(dot[:, here])[..., 0])
     dq.append(_by_tokens(dq_, G))
     behind = ((0, 0), (0, 0), (0, k.shape[1] - end), (0, 0))
     dk, dv = dk + jnp.pad(dk_, behind), dv + jnp.pad(dv_, behind)
   dk, dv = (_by_tokens(x, 1)[:, :, :, 0] for x in (dk, dv))
-  return jnp.concatenate(dq, axis=1).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+  return jnp.concatenate(dq, axis=1).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
 _short.defvjp(_short_forward, _short_backward)
@@ -160,17 +177,26 @@ def _unblock(x, G, length):
   return x.reshape((x.shape[0], -1) + x.shape[3:])[:, :length]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _long(q, k, v, until, pairs, count, block):
-  return _long_forward(q, k, v, until, pairs, count, block)[0]
+def _tile(place, block):
+  """(i, j) -> the positions of queries i and keys j."""
+  if place is None:
+    return lambda i, j: None
+  blocks = _blocks(place[0], block)
+  return lambda i, j: (blocks[i], blocks[j], place[1])
 
 
-def _long_forward(q, k, v, until, pairs, count, block):
+@partial(jax.custom_vjp, nondiff_argnums=(7,))
+def _long(q, k, v, until, place, pairs, count, block):
+  return _long_forward(q, k, v, until, place, pairs, count, block)[0]
+
+
+def _long_forward(q, k, v, until, place, pairs, count, block):
   qb, kb, vb, ub = (_blocks(x, block) for x in (q, k, v, until))
+  tile = _tile(place, block)
   def body(n, carry):
     out, largest, total = carry
     i, j = pairs[n, 0], pairs[n, 1]
-    z = _scores(qb[i], kb[j], ub[j], (i * block, block), j * block)
+    z = _scores(qb[i], kb[j], ub[j], tile(i, j), (i * block, block), j * block)
     before, new = largest[i], jnp.maximum(largest[i], jnp.max(z, axis=-1))
     e, scale = jnp.exp(z - new[..., None]), jnp.exp(before - new)
     add = jnp.einsum('PMQK,PMKH->PMQH', e.astype(v.dtype), vb[j], preferred_element_type=jnp.float32)
@@ -180,23 +206,24 @@ def _long_forward(q, k, v, until, pairs, count, block):
   start = (jnp.zeros(qb.shape, jnp.float32), jnp.full(rows, _NONE, jnp.float32), jnp.zeros(rows, jnp.float32))
   out, largest, total = jax.lax.fori_loop(0, count, body, start)
   out = _unblock(out / total[..., None], q.shape[3], q.shape[1]).astype(v.dtype)
-  return out, (q, k, v, until, pairs, count, out, largest + jnp.log(total))
+  return out, (q, k, v, until, place, pairs, count, out, largest + jnp.log(total))
 
 
 def _long_backward(block, saved, g):
-  q, k, v, until, pairs, count, out, log_total = saved
+  q, k, v, until, place, pairs, count, out, log_total = saved
+  tile = _tile(place, block)
   dot = jnp.sum(g.astype(jnp.float32) * out, axis=-1, keepdims=True)
   qb, kb, vb, gb, ub, db = (_blocks(x, block) for x in (q, k, v, g, until, dot))
   def body(n, carry):
     dq, dk, dv = carry
     i, j = pairs[n, 0], pairs[n, 1]
-    z = _scores(qb[i], kb[j], ub[j], (i * block, block), j * block)
+    z = _scores(qb[i], kb[j], ub[j], tile(i, j), (i * block, block), j * block)
     more = _tile_gradients(qb[i], kb[j], vb[j], gb[i], z, log_total[i], db[i, ..., 0])
     return dq.at[i].add(more[0]), dk.at[j].add(more[1]), dv.at[j].add(more[2])
   zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (qb, kb, vb))
   dq, dk, dv = jax.lax.fori_loop(0, count, body, zeros)
   back = lambda x, like, groups: _unblock(x, groups, like.shape[1]).astype(like.dtype)
-  return (back(dq, q, q.shape[3]), back(dk, k, 1)[:, :, :, 0], back(dv, v, 1)[:, :, :, 0], None, None, None)
+  return (back(dq, q, q.shape[3]), back(dk, k, 1)[:, :, :, 0], back(dv, v, 1)[:, :, :, 0], None, None, None, None)
 
 
 _long.defvjp(_long_forward, _long_backward)

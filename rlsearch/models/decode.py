@@ -46,14 +46,14 @@ def prefill(config: ModelConfig, params: Params, tokens: jax.Array, lengths: jax
     the cache, and f32[B, D]: the hidden state at each row's last token.
   """
   positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-  hidden, (keys, values) = transformer.forward_with_cache(config, params, tokens, positions, transformer.causal)
+  hidden, (keys, values) = transformer.forward_with_cache(config, params, tokens, positions, transformer.causal(config))
   last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
   room = lambda x: tuple(jnp.pad(layer, ((0, 0), (0, num_new), (0, 0), (0, 0))) for layer in x)
   return KVCache(room(keys), room(values)), last
 
 
 def decode_step(config: ModelConfig, layers: tuple[Params, ...], params: Params, cache: KVCache, token: jax.Array,
-                positions: jax.Array, column: jax.Array, sees: jax.Array) -> tuple[KVCache, jax.Array]:
+                positions: jax.Array, column: jax.Array, sees: jax.Array, key_positions: jax.Array) -> tuple[KVCache, jax.Array]:
   """Returns the cache with one more column, and the hidden states f32[B, D] behind `token`.
 
   Args:
@@ -64,21 +64,25 @@ def decode_step(config: ModelConfig, layers: tuple[Params, ...], params: Params,
     token, positions: i32[B].
     column: i32[], the same for every row.
     sees: bool[B, C + n].
+    key_positions: i32[B, C + n], of the columns that are seen.
   """
   x = transformer.lookup(config, params, token[:, None])
+  turned = transformer.rotations(config, positions[:, None])
   keys, values = [], []
-  for p, k_cache, v_cache in zip(layers, cache.keys, cache.values, strict=True):
-    h = transformer.rms_norm(x, p['attn_norm'], config.norm_eps)
-    q, k, v = transformer.qkv(config, p, h, positions[:, None])
-    k_cache = jax.lax.dynamic_update_slice_in_dim(k_cache, k, column, axis=1)
-    v_cache = jax.lax.dynamic_update_slice_in_dim(v_cache, v, column, axis=1)
-    out = transformer.masked_attention(q, k_cache, v_cache, sees[:, None])
-    out = out.reshape(out.shape[:2] + (config.num_heads, config.head_size))
-    x = x + jnp.einsum('BTNH,NHD->BTD', out, p['o'].astype(x.dtype))
-    x = x + transformer.mlp(p, transformer.rms_norm(x, p['mlp_norm'], config.norm_eps))
+  for p, k_cache, v_cache, kind in zip(layers, cache.keys, cache.values, config.kinds, strict=True):
+    def write(k, v, k_cache=k_cache, v_cache=v_cache):
+      place = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, column, axis=1)
+      return place(k_cache, k), place(v_cache, v)
+    def attend(q, k, v, kind, write=write):
+      near = sees
+      if config.sliding_window:
+        near = sees & (positions[:, None] - key_positions < config.windows[kind])
+      return transformer.masked_attention(q, *write(k, v), near[:, None])
+    x, (k, v) = transformer.block(config, p, x, turned, attend, kind)
+    k_cache, v_cache = write(k, v)
     keys.append(k_cache)
     values.append(v_cache)
-  return KVCache(tuple(keys), tuple(values)), transformer.rms_norm(x, params['final_norm'], config.norm_eps)[:, 0]
+  return KVCache(tuple(keys), tuple(values)), transformer.final(config, params, x)[:, 0]
 
 
 class Restriction(NamedTuple):
@@ -176,6 +180,44 @@ def draw(logits: jax.Array, uniform: jax.Array, temperature: jax.Array) -> tuple
   return token, logp
 
 
+class Progress(NamedTuple):
+  """Rows on their way through a turn."""
+  out: Sampled
+  done: jax.Array        # bool[B]
+  state: jax.Array       # i32[B], of the automaton
+
+
+def begin(lengths: jax.Array, max_tokens: jax.Array, num_new: int) -> Progress:
+  """Returns rows that have drawn nothing; those of length 0 or without a budget are done."""
+  num = lengths.shape[0]
+  out = Sampled(jnp.zeros((num, num_new), jnp.int32), jnp.zeros((num, num_new)), jnp.zeros(num, jnp.int32),
+                jnp.zeros(num, bool))
+  return Progress(out, (lengths == 0) | (max_tokens <= 0), jnp.zeros(num, jnp.int32))
+
+
+def take(p: Progress, t: jax.Array, logits: jax.Array, key_data: jax.Array, temperature: jax.Array,
+         max_tokens: jax.Array, automaton: jax.Array, num_tokens: int, eos_id: int, rule: Restriction
+         ) -> tuple[Progress, jax.Array]:
+  """Returns the rows with their t-th token drawn, and the tokens i32[B]: what every sampler of whole turns does.
+
+  Args:
+    p: the rows.
+    t: i32[].
+    logits: f32[B, V].
+    key_data, temperature, max_tokens, automaton, num_tokens, eos_id, rule: as `sample_turn`.
+  """
+  z = jnp.where(jnp.arange(logits.shape[1]) < num_tokens, logits, -1e30)
+  keys = jax.random.wrap_key_data(key_data)
+  uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t)))(keys)
+  token, logp = draw(restrict(z, temperature, rule), uniform, temperature)
+  live, out = ~p.done, p.out
+  state = jnp.where(live, automaton[p.state, token], p.state)
+  ends = live & ((state == automaton.shape[0] - 1) | (token == eos_id))
+  out = Sampled(out.token_ids.at[:, t].set(jnp.where(live, token, 0)), out.logp.at[:, t].set(jnp.where(live, logp, 0.)),
+                out.count + live, out.stopped | ends)
+  return Progress(out, p.done | ends | (out.count >= max_tokens), state), token
+
+
 @partial(jax.named_call, name='sample_turn')
 def sample_turn(config: ModelConfig, num_new: int, num_tokens: int, eos_id: int, params: Params, tokens: jax.Array,
                 lengths: jax.Array, key_data: jax.Array, temperature: jax.Array, max_tokens: jax.Array,
@@ -199,35 +241,23 @@ def sample_turn(config: ModelConfig, num_new: int, num_tokens: int, eos_id: int,
     automaton: i32[states, V], from data.stops.
     rule: what may be drawn (static).
   """
-  num_rows, width = tokens.shape
+  width = tokens.shape[1]
   cache, hidden = prefill(config, params, tokens, jnp.maximum(lengths, 1), num_new)
   layers = tuple(jax.tree.map(lambda x: x[i], params['layers']) for i in range(config.num_layers))
-  keys = jax.random.wrap_key_data(key_data)
   columns = jnp.arange(width + num_new)
-  possible = jnp.arange(config.vocab_size) < num_tokens
+  key_positions = jnp.where(columns < width, columns, lengths[:, None] + columns - width)
 
   def going(carry):
-    t, _, _, done, *_ = carry
-    return (t < num_new) & ~jnp.all(done)
+    t, _, _, p = carry
+    return (t < num_new) & ~jnp.all(p.done)
 
   def body(carry):
-    t, cache, hidden, done, state, out = carry
-    z = jnp.where(possible, heads.logits(config, params, hidden), -1e30)
-    uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t)))(keys)
-    token, logp = draw(restrict(z, temperature, rule), uniform, temperature)
-    live = ~done
-    out = Sampled(out.token_ids.at[:, t].set(jnp.where(live, token, 0)), out.logp.at[:, t].set(jnp.where(live, logp, 0.)),
-                  out.count + live, out.stopped)
-    state = jnp.where(live, automaton[state, token], state)
-    ends = live & ((state == automaton.shape[0] - 1) | (token == eos_id))
-    out = out._replace(stopped=out.stopped | ends)
-    done = done | ends | (out.count >= max_tokens)
+    t, cache, hidden, p = carry
+    p, token = take(p, t, heads.logits(config, params, hidden), key_data, temperature, max_tokens, automaton, num_tokens,
+                    eos_id, rule)
     sees = (columns < lengths[:, None]) | ((columns >= width) & (columns <= width + t))
-    cache, hidden = decode_step(config, layers, params, cache, token, lengths + t, width + t, sees)
-    return t + 1, cache, hidden, done, state, out
+    cache, hidden = decode_step(config, layers, params, cache, token, lengths + t, width + t, sees, key_positions)
+    return t + 1, cache, hidden, p
 
-  done = (lengths == 0) | (max_tokens <= 0)
-  empty = Sampled(jnp.zeros((num_rows, num_new), jnp.int32), jnp.zeros((num_rows, num_new)),
-                  jnp.zeros(num_rows, jnp.int32), jnp.zeros(num_rows, bool))
-  start = (jnp.int32(0), cache, hidden, done, jnp.zeros(num_rows, jnp.int32), empty)
-  return jax.lax.while_loop(going, body, start)[-1]
+  start = (jnp.int32(0), cache, hidden, begin(lengths, max_tokens, num_new))
+  return jax.lax.while_loop(going, body, start)[-1].out

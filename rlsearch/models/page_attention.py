@@ -115,7 +115,8 @@ def _more(so_far: _Softmax, q: jax.Array, span: Span) -> _Softmax:
   return _Softmax(largest, so_far.total * scale + total, so_far.out * scale[..., None] + out)
 
 
-def attend_path(keys: jax.Array, values: jax.Array, q: jax.Array, pages: jax.Array, num: jax.Array, tail: Span) -> jax.Array:
+def attend_path(keys: jax.Array, values: jax.Array, q: jax.Array, pages: jax.Array, num: jax.Array, tail: Span,
+                lowest: jax.Array | None = None) -> jax.Array:
   """Returns softmax(q kᵀ) v over whole pages of a pool and then a tail: row by row, some pages at a time.
 
   So it costs what the rows' own lengths cost, and the scores that exist at once fit a core's cache.
@@ -126,18 +127,23 @@ def attend_path(keys: jax.Array, values: jax.Array, q: jax.Array, pages: jax.Arr
     pages: i32[R, P], P a multiple of BLOCK.
     num: i32[R], of them.
     tail: what lies behind those pages.
+    lowest: i32[R, X]: position of the first key that a query sees; None: all do from 0 on.
 
   Returns:
     f32[R, M, X, H].
   """
-  M, X, H = q.shape[1:]
+  (M, X, H), page_tokens = q.shape[1:], values.shape[2]
   def row(xs):
-    q, pages, num, tail = jax.tree.map(lambda x: x[None], xs)
+    q, pages, num, tail, lowest = jax.tree.map(lambda x: x[None], xs)
+    first = 0 if lowest is None else jnp.maximum(jnp.min(lowest), 0) // (BLOCK * page_tokens)
     def body(j, so_far):
       some = jax.lax.dynamic_slice_in_dim(pages, j * BLOCK, BLOCK, axis=1)
-      sees = j * BLOCK + jnp.arange(BLOCK) < num[:, None]
-      return _more(so_far, q, Span(keys[some], values[some], sees[:, :, None, None, None]))
+      sees = (j * BLOCK + jnp.arange(BLOCK) < num[:, None])[:, :, None, None, None]
+      if lowest is not None:
+        place = j * BLOCK * page_tokens + columns(BLOCK, page_tokens)
+        sees &= (place[None, :, None, :] >= lowest[:, None, :, None])[:, :, None]
+      return _more(so_far, q, Span(keys[some], values[some], sees))
     nothing = _Softmax(jnp.full((1, M, X), IMPOSSIBLE), jnp.zeros((1, M, X)), jnp.zeros((1, M, X, H)))
-    end = _more(jax.lax.fori_loop(0, (num[0] + BLOCK - 1) // BLOCK, body, nothing), q, tail)
+    end = _more(jax.lax.fori_loop(first, (num[0] + BLOCK - 1) // BLOCK, body, nothing), q, tail)
     return (end.out / end.total[..., None])[0]
-  return jax.lax.map(row, (q, pages, num, tail))
+  return jax.lax.map(row, (q, pages, num, tail, lowest))

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from rlsearch.models import decode, heads, transformer
-from rlsearch.models.config import ModelConfig
+from rlsearch.models.config import EVERYTHING, ModelConfig
 from rlsearch.models.decode import Restriction
 from rlsearch.models.page_attention import IMPOSSIBLE, Span, attend_pages, attend_path, columns
 from rlsearch.types import Params
@@ -76,11 +76,33 @@ def tail_pages(num_tokens: int, page_tokens: int) -> int:
   return (page_tokens + num_tokens - 2) // page_tokens + 1
 
 
-def unstack(config: ModelConfig, params: Params) -> Params:
-  """Returns parameters as a sampler wants them: one tree a layer, in the dtype of activations; norms stay float32."""
+def unstack(config: ModelConfig, slices, params: Params, own: bool = False) -> Params:
+  """Returns parameters as a sampler wants them: one tree a layer, in the dtype of activations; norms stay float32.
+
+  One stacked array after the other, so that at most one exists in both forms where they are given up.
+
+  Args:
+    config: shapes.
+    slices: a jitted (stacked array) -> its layers in a sampler's dtype.
+    params: as in params.transformer_specs.
+    own: the stacked arrays are the sampler's, and are given up as they are taken.
+  """
   cast = lambda x: x.astype(config.dtype) if x.ndim > 1 else x
-  layers = tuple(jax.tree.map(lambda x: cast(x[i]), params['layers']) for i in range(config.num_layers))
-  return {**{name: cast(x) for name, x in params.items() if name != 'layers'}, 'layers': layers}
+  layers: list[dict] = [{} for _ in range(config.num_layers)]
+  for name, stacked in params['layers'].items():
+    parts = slices(stacked)
+    if own:
+      jax.block_until_ready(parts)
+      stacked.delete()
+    for layer, part in zip(layers, parts, strict=True):
+      layer[name] = part
+  return {**{name: cast(x) for name, x in params.items() if name != 'layers'}, 'layers': tuple(layers)}
+
+
+def slices(config: ModelConfig, stacked: jax.Array) -> tuple[jax.Array, ...]:
+  """Returns the layers of one stacked array; those with a matrix in the dtype of activations."""
+  dtype = config.dtype if stacked.ndim > 2 else stacked.dtype
+  return tuple(stacked[i].astype(dtype) for i in range(config.num_layers))
 
 
 def empty_pool(config: ModelConfig, num_pages: int, page_tokens: int, num_rows: int) -> Pool:
@@ -125,10 +147,12 @@ def prefill_chunk(config: ModelConfig, params: Params, pool: Pool, chunk: Chunk)
   before = chunk.start // page_tokens
   first = before * page_tokens
   positions = chunk.start[:, None] + jnp.arange(num_tokens)                           # i32[R, C]
-  seen = first[:, None, None, None] + columns(tail, page_tokens) <= positions[:, :, None, None]      # [R, C, P, S]
-  seen = jnp.repeat(jnp.moveaxis(seen, 1, 2), G, axis=2)[:, :, None]                  # [R, P, 1, C·G, S]
+  at, to = first[:, None, None, None] + columns(tail, page_tokens), positions[:, :, None, None]
+  heads_of = lambda seen: jnp.repeat(jnp.moveaxis(seen, 1, 2), G, axis=2)[:, :, None]  # [R, C, P, S] -> [R, P, 1, C·G, S]
+  seen = tuple(heads_of((at <= to) & (to - at < window)) for window in config.windows)   # by kind of layer
+  lowest = tuple(jnp.repeat(positions - window + 1, G, axis=1) if kind else None for kind, window in enumerate(config.windows))
   place = lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=0)
-  turned = transformer.rotation(positions, H, config.rope_base)
+  turned = transformer.rotations(config, positions)
 
   def write(layer, k, v):
     """The tail pages with the chunk's keys and values [R, C, M, H] in their places."""
@@ -142,16 +166,17 @@ def prefill_chunk(config: ModelConfig, params: Params, pool: Pool, chunk: Chunk)
   x = transformer.lookup(config, params, chunk.tokens)
   keys, values = [], []
   for layer, p in enumerate(params['layers']):
-    def attend(q, k, v, layer=layer):
+    def attend(q, k, v, kind, layer=layer):
       q = jnp.moveaxis(q, 1, 2).reshape(num_rows, M, num_tokens * G, H)
-      out = attend_path(pool.keys[layer], pool.values[layer], q, chunk.pages, before, Span(*write(layer, k, v), seen)).astype(v.dtype)
+      tail = Span(*write(layer, k, v), seen[kind])
+      out = attend_path(pool.keys[layer], pool.values[layer], q, chunk.pages, before, tail, lowest[kind]).astype(v.dtype)
       return jnp.moveaxis(out.reshape(num_rows, M, num_tokens, G, H), 2, 1)
-    x, (k, v) = transformer.block(config, p, x, turned, attend)
+    x, (k, v) = transformer.block(config, p, x, turned, attend, config.kinds[layer])
     new = write(layer, k, v)                                                          # as in attend: computed once
     keys.append(new[0])
     values.append(new[1])
   last = jnp.take_along_axis(x, jnp.maximum(chunk.num - 1, 0)[:, None, None], axis=1)[:, 0]
-  hidden = transformer.rms_norm(last, params['final_norm'], config.norm_eps)
+  hidden = transformer.final(config, params, last)
   at = _after(hidden, chunk.store)
   store = lambda pages, tails: tuple(p.at[at].set(t) for p, t in zip(pages, tails, strict=True))
   return Pool(store(pool.keys, keys), store(pool.values, values), pool.hidden.at[chunk.hidden].set(hidden))
@@ -175,21 +200,34 @@ def _step(config: ModelConfig, params: Params, common: Sequence[Span | None], me
   num_pages, page_tokens = c.values[0].shape[1], c.values[0].shape[3]
   at, rows = c.length - first, jnp.arange(c.length.shape[0])
   page, place = at // page_tokens, at % page_tokens
-  seen = (columns(num_pages, page_tokens) <= at[:, None, None])[:, :, None, None, :]  # [R, P, 1, 1, S]
-  turned = transformer.rotation(c.length[:, None], config.head_size, config.rope_base)
+  place_of, num_members = columns(num_pages, page_tokens), config.num_heads // config.num_kv_heads * members
+  def own_seen(window):
+    seen = place_of <= at[:, None, None]
+    seen = seen if window >= EVERYTHING else seen & (place_of > at[:, None, None] - window)
+    return seen[:, :, None, None, :]                                                  # [R, P, 1, 1, S]
+  def near(span, window):
+    """The shared pages as a local layer's members see them: [groups, P, 1, members·G, S]."""
+    if span is None or window >= EVERYTHING:
+      return span
+    lowest = jnp.repeat((c.length - window + 1).reshape(-1, members), num_members // members, axis=1)
+    close = columns(span.keys.shape[1], page_tokens)[None, :, None, :] >= lowest[:, None, :, None]
+    return span._replace(sees=span.sees & close[:, :, None])
+  seen = tuple(own_seen(window) for window in config.windows)                         # by kind of layer
+  turned = transformer.rotations(config, c.length[:, None])
   x = transformer.lookup(config, params, token[:, None])
   new_keys, new_values = [], []
   for layer, p in enumerate(params['layers']):
     def write(k, v, layer=layer):
       return (c.keys[layer].at[rows, page, :, :, place].set(k[:, 0], mode='drop'),
               c.values[layer].at[rows, page, :, place].set(v[:, 0], mode='drop'))
-    def attend(q, k, v, layer=layer, write=write):
-      return attend_pages(q[:, 0], common[layer], (Span(*write(k, v), seen),), members).astype(v.dtype)[:, None]
-    x, (k, v) = transformer.block(config, p, x, turned, attend)
+    def attend(q, k, v, kind, layer=layer, write=write):
+      shared = near(common[layer], config.windows[kind])
+      return attend_pages(q[:, 0], shared, (Span(*write(k, v), seen[kind]),), members).astype(v.dtype)[:, None]
+    x, (k, v) = transformer.block(config, p, x, turned, attend, config.kinds[layer])
     k, v = write(k, v)                                                                # as in attend: computed once
     new_keys.append(k)
     new_values.append(v)
-  return transformer.rms_norm(x, params['final_norm'], config.norm_eps)[:, 0], tuple(new_keys), tuple(new_values)
+  return transformer.final(config, params, x)[:, 0], tuple(new_keys), tuple(new_values)
 
 
 def _uniform(work: Slice, num_steps: int) -> jax.Array:
