@@ -13,7 +13,8 @@ import safetensors.numpy
 import small
 
 from rlsearch import parallel
-from rlsearch.models import heads, hf, params as params_lib, transformer
+from rlsearch.models import heads, hf, params as params_lib, safetensors_file, transformer
+from rlsearch.models.hf_config import Generation
 
 LAYER = {'input_layernorm.weight': (16,), 'post_attention_layernorm.weight': (16,), 'self_attn.q_proj.weight': (24, 16),
          'self_attn.q_proj.bias': (24,), 'self_attn.k_proj.weight': (12, 16), 'self_attn.k_proj.bias': (12,),
@@ -61,7 +62,7 @@ class TestExport:
     config = small.shape(**entries)
     params, tokens = weights(config), np.random.default_rng(1).integers(0, 40, 9)
     exported(tmp_path / 'a', config, params, dtype='float32')
-    hidden = transformer.forward(config, params, tokens[None], jnp.arange(9)[None], transformer.causal)
+    hidden = transformer.forward(config, params, tokens[None], jnp.arange(9)[None], transformer.causal(config))
     ours = np.asarray(heads.token_stats(config, params, hidden, tokens[None])[0])[0, 1:]
     said = json.loads((tmp_path / 'a' / 'config.json').read_text())
     theirs = qwen2(fake_completions.read(tmp_path / 'a'), said, tokens)
@@ -117,7 +118,7 @@ class TestExport:
     config = small.shape()
     before = exported(tmp_path / 'a', config, weights(config, 1), dtype='float32')
     with monkeypatch.context() as patch:
-      patch.setattr(safetensors.numpy, 'save', lambda *args: (_ for _ in ()).throw(OSError('no space left')))
+      patch.setattr(safetensors_file, 'write', lambda *args: (_ for _ in ()).throw(OSError('no space left')))
       for name in ('a', 'b'):
         with pytest.raises(OSError, match='no space left'):
           exported(tmp_path / name, config)
@@ -125,6 +126,24 @@ class TestExport:
     # What was half written is no obstacle.
     assert not small.same(exported(tmp_path / 'a', config, dtype='float32'), before)
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith('a')] == ['a']
+
+  def test_ends_and_defaults_of_sampling_are_said(self, tmp_path):
+    exported(tmp_path / 'a', small.shape(), said=Generation((5, 6), temperature=0.6))
+    read = lambda name: json.loads((tmp_path / 'a' / name).read_text())
+    assert read('generation_config.json') == {'eos_token_id': [5, 6], 'temperature': 0.6}
+    assert read('config.json')['eos_token_id'] == [5, 6]
+
+  def test_a_host_that_only_helps_writes_nothing(self, tmp_path):
+    hf.export(tmp_path / 'a', small.shape(), weights(small.shape()), write=False)
+    assert not any(tmp_path.iterdir())
+
+  def test_one_tensor_at_a_time_is_written(self, tmp_path, monkeypatch):
+    taken, arrays = [], []
+    get, split = jax.device_get, hf.split
+    monkeypatch.setattr(jax, 'device_get', lambda x: (taken.append(len(arrays)), get(x))[1])
+    monkeypatch.setattr(hf, 'split', lambda p, x: (arrays.append(p), split(p, x))[1])
+    exported(tmp_path / 'a', small.shape())
+    assert len(taken) > 5 and taken == list(range(len(taken)))       # the next is fetched when the last has been cut
 
   def test_refused(self, tmp_path):
     config = small.shape()

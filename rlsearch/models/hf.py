@@ -1,7 +1,6 @@
 """Parameters as a Hugging Face folder: what a serving engine or transformers reads.
 
-Names come from the table of models.params.  A linear map is [..., in, out] here and [out, in] there.  The folder is a
-Qwen2 model: that family's blocks are ours, biases on queries, keys and values included.  It has no tokenizer: whoever
+Names come from the table of models.params, config.json from the model's family.  The folder has no tokenizer: whoever
 serves it has the one that the run uses.
 """
 from __future__ import annotations
@@ -15,59 +14,49 @@ from typing import Any
 
 from etils import epath
 import jax
-import jax.numpy as jnp
+from jax.experimental import multihost_utils
 import numpy as np
-import safetensors.numpy
 
-from rlsearch.models import params as params_lib
+from rlsearch.models import hf_config as config_lib, hf_table, params as params_lib, safetensors_file
 from rlsearch.models.config import ModelConfig
+from rlsearch.models.hf_config import Generation
+from rlsearch.models.hf_place import DTYPES
 from rlsearch.models.params import Param
 from rlsearch.types import Params
 
-DTYPES = {'bfloat16': jnp.dtype(jnp.bfloat16), 'float32': np.dtype(np.float32)}
-MAX_POSITIONS = 32768     # Qwen2.5's; our own forward has no such limit
+NAMES = {'bfloat16': 'BF16', 'float32': 'F32'}      # of dtypes in the files
 
 
 def check(config: ModelConfig, dtype: str) -> None:
-  """Raises ValueError for a shape that Qwen2 does not have, or a dtype of another name."""
+  """Raises ValueError for a model that a folder of its family does not describe, or a dtype of another name."""
   if dtype not in DTYPES:
     raise ValueError(f'dtype={dtype!r}; known: {sorted(DTYPES)}')
-  if config.num_heads * config.head_size != config.width:
-    raise ValueError(f'config.model.shape: num_heads={config.num_heads} times head_size={config.head_size} is not '
-                     f'width={config.width}; Qwen2 divides the width among its heads, so this model has no such folder')
+  config_lib.check(config)
 
 
-def hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
+def hf_config(config: ModelConfig, dtype: str, said: Generation = Generation()) -> dict[str, Any]:
   """Returns the content of config.json."""
-  return {
-      'architectures': ['Qwen2ForCausalLM'], 'model_type': 'qwen2', 'hidden_act': 'silu',
-      'vocab_size': config.vocab_size, 'hidden_size': config.width, 'intermediate_size': config.ffn,
-      'num_hidden_layers': config.num_layers, 'num_attention_heads': config.num_heads,
-      'num_key_value_heads': config.num_kv_heads, 'head_dim': config.head_size, 'rms_norm_eps': config.norm_eps,
-      'rope_theta': config.rope_base, 'tie_word_embeddings': config.tied, 'max_position_embeddings': MAX_POSITIONS,
-      'attention_dropout': 0.0, 'use_sliding_window': False, 'use_cache': True, 'torch_dtype': dtype}
+  return config_lib.to_hf(config, dtype, said)
 
 
 def _specs(config: ModelConfig) -> params_lib.Specs:
   """The table with Qwen2's biases, which a model without them has as zeros."""
-  return params_lib.transformer_specs(dataclasses.replace(config, qkv_bias=True))
+  return params_lib.transformer_specs(dataclasses.replace(config, qkv_bias=config.qkv_bias or config.family == 'qwen2'))
 
 
-def _names_and_shapes(p: Param) -> list[tuple[str, tuple[int, ...]]]:
-  """The tensors of one row of the table, in the order of `_split`."""
-  if 'layer' not in p.axes:
-    return [(p.hf, p.shape)]
-  size = math.prod(p.shape[1:])
-  shape = (size // p.fan_in, p.fan_in) if p.fan_in else (size,)
-  return [(p.hf.format(i), shape) for i in range(p.shape[0])]
+def split(p: Param, value: np.ndarray) -> Iterator[np.ndarray]:
+  """Yields the tensors of one row of the table, in the order of hf_table.names."""
+  layout = hf_table.layout(p)
+  rows, cols = math.prod(layout.rows), math.prod(layout.cols)
+  for x in value.reshape(-1, *value.shape[len(layout.lead):]):
+    yield (x.reshape(cols, rows).T if layout.turned else x).reshape(layout.shape)
 
 
-def _split(p: Param, value: np.ndarray) -> Iterator[np.ndarray]:
-  if 'layer' not in p.axes:
-    yield value                                    # tables of the vocabulary are [V, D] on both sides
-    return
-  for x in value:
-    yield x.reshape(p.fan_in, -1).T if p.fan_in else x.reshape(-1)
+def whole(x: Any) -> np.ndarray:
+  """Returns an array in host memory; what lies on several hosts is gathered by all of them."""
+  if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+  return np.asarray(jax.device_get(x))
 
 
 def tensors(config: ModelConfig, params: Params, dtype: str = 'float32') -> Iterator[tuple[str, np.ndarray]]:
@@ -75,22 +64,20 @@ def tensors(config: ModelConfig, params: Params, dtype: str = 'float32') -> Iter
 
   Args:
     config: shapes.
-    params: as in params.transformer_specs; whole on this host.
+    params: as in params.transformer_specs; where they lie on several hosts, all of them iterate.
     dtype: of the arrays.
 
   Raises:
     ValueError: parameters that the table does not have, lacks or has in another shape.
   """
-  flat = lambda tree: {jax.tree_util.keystr(path): leaf for path, leaf in
-                       jax.tree_util.tree_leaves_with_path(tree, is_leaf=params_lib.is_param)}
-  found, wanted = flat(params), flat(params_lib.transformer_specs(config))
+  found, wanted = hf_table.by_path(params), hf_table.by_path(params_lib.transformer_specs(config))
   if found.keys() != wanted.keys():
     raise ValueError(f'params: {sorted(found.keys() ^ wanted.keys())} are in the tree or in the table, not in both')
-  for path, p in flat(_specs(config)).items():
-    value = np.asarray(jax.device_get(found[path])) if path in found else np.zeros(p.shape, np.float32)
+  for path, p in hf_table.by_path(_specs(config)).items():
+    value = whole(found[path]) if path in found else np.zeros(p.shape, np.float32)
     if value.shape != p.shape:
       raise ValueError(f'params{path}: found {value.shape}, wanted {p.shape}')
-    for (name, _), x in zip(_names_and_shapes(p), _split(p, value), strict=True):
+    for (_, name), x in zip(hf_table.names(p), split(p, value), strict=True):
       yield name, np.ascontiguousarray(x, DTYPES[dtype])
 
 
@@ -106,42 +93,42 @@ def _shards(sizes: Sequence[tuple[str, int]], limit: int) -> list[list[str]]:
 
 
 def export(folder: epath.PathLike, config: ModelConfig, params: Params, dtype: str = 'bfloat16',
-           max_shard_bytes: int = 4 << 30) -> None:
-  """Writes config.json and model*.safetensors, whole or not at all: the folder has its name once all is there.
+           max_shard_bytes: int = 4 << 30, said: Generation = Generation(), write: bool = True) -> None:
+  """Writes config.json, generation_config.json and model*.safetensors: the folder has its name once all is there.
 
   A folder of that name is replaced.  The rows that pad the table of the vocabulary are written too.
 
   Args:
     folder: to make.
     config: shapes.
-    params: as in params.transformer_specs; whole on this host.
+    params: as in params.transformer_specs; where they lie on several hosts, all of them call this.
     dtype: 'bfloat16' or 'float32'.
-    max_shard_bytes: of one file, which is made in memory.
+    max_shard_bytes: of one file.
+    said: ends of text and defaults of sampling.
+    write: False: only help to gather, where another host writes.
 
   Raises:
-    ValueError: a model that Qwen2 is not, or what `tensors` refuses.
+    ValueError: a model that its family is not, or what `tensors` refuses.
   """
   check(config, dtype)
   stream = tensors(config, params, dtype)
-  leaves = jax.tree.leaves(_specs(config), is_leaf=params_lib.is_param)
-  sizes = [(name, math.prod(shape) * DTYPES[dtype].itemsize)
-           for p in leaves for name, shape in _names_and_shapes(p)]
+  if not write:
+    for _ in stream:
+      pass
+    return
+  leaves = hf_table.by_path(_specs(config)).values()
+  shapes = {name: hf_table.layout(p).shape for p in leaves for _, name in hf_table.names(p)}
+  sizes = [(name, math.prod(shape) * DTYPES[dtype].itemsize) for name, shape in shapes.items()]
   shards = _shards(sizes, max_shard_bytes)
-  folder = epath.Path(folder)
-  part = folder.parent / f'{folder.name}.part'
-  if part.exists():
-    part.rmtree()
-  part.mkdir(parents=True)
   files = {}
-  for number, names in enumerate(shards, 1):
-    name = 'model.safetensors' if len(shards) == 1 else f'model-{number:05}-of-{len(shards):05}.safetensors'
-    block = dict(itertools.islice(stream, len(names)))
-    (part / name).write_bytes(safetensors.numpy.save(block, {'format': 'pt'}))   # transformers asks for the format
-    files |= dict.fromkeys(block, name)
-  if len(shards) > 1:
-    index = {'metadata': {'total_size': sum(size for _, size in sizes)}, 'weight_map': files}
-    (part / 'model.safetensors.index.json').write_text(json.dumps(index, indent=2))
-  (part / 'config.json').write_text(json.dumps(hf_config(config, dtype), indent=2))
-  if folder.exists():
-    folder.rmtree()
-  part.rename(folder)
+  with safetensors_file.replacing(epath.Path(folder)) as part:
+    for number, names in enumerate(shards, 1):
+      name = safetensors_file.SINGLE if len(shards) == 1 else f'model-{number:05}-of-{len(shards):05}.safetensors'
+      values = (x for _, x in itertools.islice(stream, len(names)))
+      safetensors_file.write(part / name, [(n, NAMES[dtype], shapes[n]) for n in names], values)
+      files |= dict.fromkeys(names, name)
+    if len(shards) > 1:
+      index = {'metadata': {'total_size': sum(size for _, size in sizes)}, 'weight_map': files}
+      (part / safetensors_file.INDEX).write_text(json.dumps(index, indent=2))
+    (part / 'generation_config.json').write_text(json.dumps(config_lib.to_generation(said), indent=2))
+    (part / 'config.json').write_text(json.dumps(hf_config(config, dtype, said), indent=2))
