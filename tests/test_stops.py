@@ -27,6 +27,14 @@ def naive(token_bytes, ids, wanted):
 
 class TestAutomaton:
 
+  def test_end_tokens(self):
+    pieces = (b'a', b'b', b'', b'', b'ab')
+    table = stops.automaton(pieces, ['ab'], [2])
+    sequences = ([0, 2, 1], [0, 3, 1], [2], [3, 3], [0, 0, 4])
+    assert [stops.first_match(table, ids) for ids in sequences] == [1, 2, 0, -1, 2]
+    others = [0, 1, 3, 4]
+    np.testing.assert_array_equal(table[:, others], stops.automaton(pieces, ['ab'])[:, others])
+
   def test_by_hand(self):
     # Stop 'ab': states '' (0), 'a' (1), accepting (2).  Tokens a, b, ab, ba, control.
     table = stops.automaton((b'a', b'b', b'ab', b'ba', b''), ['ab'])

@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from rlsearch.data import tokenizer
+from rlsearch.data import sentencepiece_model, tokenizer
 
 SYMBOLS = ('<search>', '</search>', '<answer>', '</answer>', '\n')
 TEXTS = [
@@ -237,6 +237,19 @@ class TestLoad:
   def test_ordinary_added_token(self, bl):
     assert [bl.token_bytes[i] for i in bl.encode('<tool>')] == [b'<tool>']
 
+  def test_added_runs_of_spaces(self, tmp_path):
+    # Gemma's file has them among its added tokens, spelt like its other pieces.
+    spec = json.loads(byte_fallback(tmp_path).read_text())
+    spec['model']['vocab']['▁▁'] = len(spec['model']['vocab'])
+    spec['model']['merges'].append(['▁', '▁'])
+    plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=False)
+    spec['added_tokens'].append(dict(plain, id=spec['model']['vocab']['▁▁'], content='▁▁'))
+    (tmp_path / 'tokenizer.json').write_text(json.dumps(spec))
+    tok = tokenizer.load(tmp_path, eos='</s>')
+    ids = tok.encode('m  m')
+    assert spec['model']['vocab']['▁▁'] in ids and tok.decode(ids) == 'm  m'
+    assert tok.token_bytes[spec['model']['vocab']['▁▁']] == b'  '
+
   def test_adds_and_cuts_nothing(self, bl):
     # The file asks for a space in front, an end token behind, truncation to 8 and padding to 64.
     for encode in (bl.encode, bl.encode_template):
@@ -261,8 +274,8 @@ class TestLoad:
     with pytest.raises(ValueError, match='no eos token; looked for .* tokenizer_config.json'):
       tokenizer.load(path)
     (tmp_path / 'tokenizer_config.json').write_text('{"eos_token": "<eos>", "pad_token": null}')
-    with pytest.raises(ValueError, match='no pad token; looked for'):
-      tokenizer.load(path)
+    tok = tokenizer.load(path)                                 # Llama 3 has no padding token
+    assert tok.pad_id == tok.eos_id
     with pytest.raises(ValueError, match="pad='<nope>'"):
       tokenizer.load(path, pad='<nope>')
 
@@ -272,6 +285,57 @@ class TestLoad:
     assert tok.token_bytes[tok.eos_id] == b''
     assert tok.eos_id not in tok.encode('x<tool>')
     assert tok.encode_template('<tool>').tolist() == [tok.eos_id]
+
+  def test_folder(self, tmp_path, sp):
+    with pytest.raises(ValueError, match=r'found \[\] there; wanted a sentencepiece'):
+      tokenizer.load(tmp_path)
+    for name in ('b.model', 'a.model'):
+      tokenizer.train_sentencepiece(TEXTS, vocab_size=400, symbols=SYMBOLS, path=tmp_path / name)
+    with pytest.raises(ValueError, match=r"found \['a.model', 'b.model'\]"):
+      tokenizer.load(tmp_path)
+    (tmp_path / 'a.model').unlink()
+    assert tokenizer.load(tmp_path).digest == sp.digest
+    (tmp_path / 'b.model').rename(tmp_path / 'tokenizer.model')
+    assert tokenizer.load(str(tmp_path)).digest == sp.digest
+    path = byte_level(tmp_path)                                # beside it, as in Gemma's folders
+    assert tokenizer.load(tmp_path, eos='<eos>').digest == hashlib.sha256(path.read_bytes()).hexdigest()
+
+  def test_end_tokens_of_the_generation_config(self, tmp_path):
+    path = byte_level(tmp_path)
+    vocab = tokenizers.Tokenizer.from_file(str(path)).get_vocab()
+    ids = [vocab['<|im_end|>'], vocab['<tool>'], vocab['<eos>']]
+    (tmp_path / 'tokenizer_config.json').write_text('{"eos_token": "<|im_end|>"}')
+    for said, wanted in ((ids, ids[1:]), (ids[0], []), (ids[2], ids[2:]), (None, [])):
+      (tmp_path / 'generation_config.json').write_text(json.dumps({'eos_token_id': said}))
+      tok = tokenizer.load(tmp_path)
+      assert tok.eos_id == ids[0] and tok.end_ids == tuple(wanted)
+      assert all(not tok.token_bytes[i] for i in tok.end_ids)
+      assert (vocab['<tool>'] in tok.encode('<tool>')) == (vocab['<tool>'] not in wanted)
+    for broken in ('{"eos_token_id": "</s>"}', '[1]', '{'):
+      (tmp_path / 'generation_config.json').write_text(broken)
+      with pytest.raises(ValueError, match='generation_config.json'):
+        tokenizer.load(tmp_path)
+
+  def test_turn_marks_of_sentencepiece_are_control_tokens(self, tmp_path):
+    # Gemma's model has them as user-defined symbols, which sentencepiece finds in any text.
+    symbols = ('<start_of_turn>', '<end_of_turn>', '<mask>', '<tool>')
+    tokenizer.train_sentencepiece(TEXTS, vocab_size=400, symbols=symbols, path=tmp_path / 'x.model')
+    plain = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / 'x.model'))
+    named = {s: plain.piece_to_id(s) for s in symbols}
+    text = ''.join(f'{s}Torvek' for s in symbols)
+    assert set(named.values()) <= set(plain.encode(text))              # so the test means something
+    tok = tokenizer.load(tmp_path / 'x.model')
+    assert [i for i in tok.encode(text) if i in named.values()] == [named['<mask>'], named['<tool>']]
+    assert tok.decode(tok.encode(text)) == text
+    assert [i for i in tok.encode_template(text) if i in named.values()] == list(named.values())
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'added_tokens_decoder': {
+        '4': {'content': '<mask>', 'special': True}, '5': {'content': '<tool>', 'special': False}}}))
+    tok = tokenizer.load(tmp_path / 'x.model')
+    assert [i for i in tok.encode(text) if i in named.values()] == [named['<tool>']]
+    (tmp_path / 'generation_config.json').write_text(json.dumps({'eos_token_id': [1, named['<end_of_turn>']]}))
+    tok = tokenizer.load(tmp_path / 'x.model')
+    assert (tok.eos_id, tok.end_ids) == (1, (named['<end_of_turn>'],))
+    assert tokenizer.load(tmp_path / 'x.model', eos='<end_of_turn>').eos_id == named['<end_of_turn>']
 
   def test_control_token_that_merges_reach(self, tmp_path):
     path = byte_level(tmp_path)
@@ -313,3 +377,34 @@ class TestLoad:
     tokenizer.train_sentencepiece(TEXTS, vocab_size=400, symbols=SYMBOLS, path=path)
     with pytest.raises(ValueError, match=r"eos='</search>'; wanted one of its control pieces"):
       tokenizer.load(path, eos='</search>')
+
+
+@pytest.fixture(scope='module')
+def content(tmp_path_factory):
+  """A serialized sentencepiece model."""
+  path = tmp_path_factory.mktemp('sp') / 'x.model'
+  tokenizer.train_sentencepiece(TEXTS, vocab_size=400, symbols=SYMBOLS, path=path)
+  return path.read_bytes()
+
+
+class TestWithControl:
+
+  def test_only_the_types_change(self, content):
+    before = sentencepiece.SentencePieceProcessor(model_proto=content)
+    search = before.piece_to_id('<search>')
+    for changed in (sentencepiece_model.with_control(content, ['<search>', 'never'], [0, 5000]),
+                    sentencepiece_model.with_control(content, [], [search])):
+      after = sentencepiece.SentencePieceProcessor(model_proto=changed)
+      assert after.vocab_size() == before.vocab_size()
+      for i in range(before.vocab_size()):
+        assert after.id_to_piece(i) == before.id_to_piece(i) and after.get_score(i) == before.get_score(i)
+        assert after.is_control(i) == (before.is_control(i) or i == search)
+
+  def test_without_such_pieces_nothing_changes(self, content):
+    assert sentencepiece_model.with_control(content, ['<never>'], []) is content
+    assert sentencepiece_model.with_control(content, ['Torvek'], [9]) is content        # an ordinary piece
+
+  def test_broken(self, content):
+    for broken in (b'\x0b', content[:-1], b'\x0a\x7f', b'\xff' * 12):
+      with pytest.raises(ValueError):
+        sentencepiece_model.with_control(broken, [], [1])

@@ -14,6 +14,8 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from etils import epath
+
 from rlsearch.types import Passage
 
 FORMATS = ('rlsearch', 'search_r1', 'flashrag')
@@ -23,7 +25,7 @@ def read(path: str | os.PathLike, *, format: str | None = None) -> tuple[Passage
   """Passages of a corpus file, in the order of its lines, with score 0.
 
   Args:
-    path: a JSON lines file; a name that ends in .gz is decompressed.
+    path: a JSON lines file, may be gs://; a name that ends in .gz is decompressed.
     format: one of FORMATS; None looks at the fields of the first line.
   Raises:
     ValueError: with path:line, for a missing, empty or malformed file, a missing or empty field,
@@ -77,7 +79,7 @@ def json_lines(path: str | os.PathLike) -> Iterator[tuple[int, dict[str, Any]]]:
   """
   line = 0
   try:
-    with (gzip.open if str(path).endswith('.gz') else open)(path, 'rb') as file:
+    with epath.Path(path).open('rb') as raw, (gzip.open(raw) if str(path).endswith('.gz') else raw) as file:
       for line, data in enumerate(file, start=1):
         data = data.removeprefix(b'\xef\xbb\xbf') if line == 1 else data   # byte order mark
         if data.strip():

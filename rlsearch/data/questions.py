@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
-import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from etils import epath
 import numpy as np
 
 from rlsearch.data import corpus
@@ -69,7 +70,7 @@ def read(path: str | os.PathLike, *, format: str | None = None, split: str | Non
   '!!!') are left out, since any empty answer would match them; one must remain.
 
   Args:
-    path: a .jsonl, .jsonl.gz or .parquet file; or a folder, in which `split` selects
+    path: a .jsonl, .jsonl.gz or .parquet file, may be gs://; or a folder, in which `split` selects
       questions.<split>.jsonl, <split>.jsonl or <split>.parquet.
     format: one of FORMATS; None: by the file's name and its first record.
     split: for a file of format search_r1: keep the rows with this extra_info.split.
@@ -79,10 +80,10 @@ def read(path: str | os.PathLike, *, format: str | None = None, split: str | Non
   """
   if format is not None and format not in FORMATS:
     raise ValueError(f'format of questions {path}: found {format!r}, wanted one of {list(FORMATS)}')
-  path = pathlib.Path(path)
+  path = epath.Path(path)
   if path.is_dir():
     path, split = _file_of(path, split), None
-  folder = path.resolve().parent.name
+  folder = (path if '://' in str(path) else path.resolve()).parent.name
   questions, first, splits = [], {}, set()
   for where, record in _records(path):
     format = format or _infer(record, where)
@@ -102,7 +103,7 @@ def read(path: str | os.PathLike, *, format: str | None = None, split: str | Non
   return tuple(questions)
 
 
-def _file_of(folder: pathlib.Path, split: str | None) -> pathlib.Path:
+def _file_of(folder: epath.Path, split: str | None) -> epath.Path:
   names = [f'{stem}.{end}' for stem in (f'questions.{split}', f'{split}')
            for end in ('jsonl', 'jsonl.gz', 'parquet')]
   for name in names if split else ():
@@ -113,7 +114,7 @@ def _file_of(folder: pathlib.Path, split: str | None) -> pathlib.Path:
                    f'{names if split else "its splits"}; found {there[:20]}')
 
 
-def _records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _records(path: epath.Path) -> Iterator[tuple[str, dict[str, Any]]]:
   if path.suffix != '.parquet':
     for line, record in corpus.json_lines(path):
       yield f'{path}:{line}', record
@@ -124,7 +125,8 @@ def _records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
     raise ValueError(f'{path}: reading parquet needs pyarrow: '
                      "pip install 'rlsearch[parquet]'") from e
   try:
-    rows = pyarrow.parquet.read_table(str(path)).to_pylist()
+    file = io.BytesIO(path.read_bytes()) if '://' in str(path) else str(path)
+    rows = pyarrow.parquet.read_table(file).to_pylist()
   except (ValueError, OSError) as e:   # Arrow's own errors are of these two types
     raise ValueError(f'{path}: cannot be read as parquet ({e})') from e
   for i, record in enumerate(rows, start=1):

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 
-def automaton(token_bytes: Sequence[bytes], stops: Sequence[str | bytes]) -> np.ndarray:
+def automaton(token_bytes: Sequence[bytes], stops: Sequence[str | bytes], end_ids: Sequence[int] = ()) -> np.ndarray:
   """Returns the transition table i32[S, V]: table[state, token] is the state after that token.
 
   State 0 has matched nothing.  The last state, S - 1, says that a stop was completed, be it in the
@@ -26,6 +26,7 @@ def automaton(token_bytes: Sequence[bytes], stops: Sequence[str | bytes]) -> np.
   Args:
     token_bytes: bytes of every id, `Tokenizer.token_bytes`; the caller appends b'' for padded rows.
     stops: what ends a turn; text counts by its UTF-8 bytes.
+    end_ids: tokens that end a turn whatever their bytes, such as a chat's end token beside the tokenizer's own.
 
   Raises:
     ValueError: there is no stop, or one is empty.
@@ -43,6 +44,7 @@ def automaton(token_bytes: Sequence[bytes], stops: Sequence[str | bytes]) -> np.
     out[:, tokens] = table[out[:, tokens], flat[starts[tokens] + position]]
     position += 1
     tokens = tokens[lengths[tokens] > position]
+  out[:, list(end_ids)] = num_states - 1
   return out
 
 

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from etils import epath
 import numpy as np
 import sentencepiece
 
-from rlsearch.data import tokenizer_json
+from rlsearch.data import sentencepiece_model, tokenizer_json
 from rlsearch.data.text import replace_surrogates
 from rlsearch.types import Ids
 
 _SPACE = '▁'                                # U+2581, how both formats write a space
 _PAD, _EOS = '<pad>', '</s>'                # of the models trained here
+TURN_MARKS = ('<start_of_turn>', '<end_of_turn>')   # of Gemma's chats
 # A protobuf message that is appended to another is merged into it: normalizer_spec (field 3) with
 # add_dummy_prefix (3) and remove_extra_whitespaces (4) false.
 _NOTHING_ADDED = bytes([3 << 3 | 2, 4, 3 << 3, 0, 4 << 3, 0])
@@ -37,35 +38,53 @@ class Tokenizer(NamedTuple):
   decode: Callable[[Ids], str]              # a view; bytes that are no UTF-8 become U+FFFD
   token_bytes: tuple[bytes, ...]            # [vocab_size]; b'' for control tokens
   digest: str                               # SHA-256 of the model file
+  end_ids: tuple[int, ...] = ()             # control tokens beside eos_id that end a turn
 
 
 def load(path: str, *, eos: str | None = None, pad: str | None = None) -> Tokenizer:
   """Returns the tokenizer of a file: `*.model` is sentencepiece, `*.json` is `tokenizer.json`.
 
   A model that would put a space in front of each text is told not to: where a text begins, the ids
-  may therefore differ from the original's.
+  may therefore differ from the original's.  What `tokenizer_config.json` or the end tokens of
+  `generation_config.json` in the same folder call special is a control token, and so are in a
+  sentencepiece model the marks of Gemma's turns: it has them as ordinary symbols, which a question
+  could spell.
 
   Args:
-    path: the file.
-    eos: spelling of the end token.  By default the sentencepiece model's own, or what
-      `tokenizer_config.json` in the same folder says.
-    pad: likewise of the padding token.
+    path: the file, or a folder with tokenizer.json, else tokenizer.model or one *.model; may be gs://.
+    eos: spelling of the end token.  By default what `tokenizer_config.json` in the same folder
+      says, or else the sentencepiece model's own.  The tokens of `generation_config.json` end a
+      turn too.
+    pad: likewise of the padding token.  Where there is none the end token serves, for rows know
+      their lengths.
 
   Raises:
     ValueError: the file is missing, broken or of another kind, or has no such end or padding token.
   """
-  path, wanted = os.fspath(path), 'a sentencepiece *.model or a tokenizer.json'
-  if not os.path.isfile(path):
+  path, wanted = epath.Path(path), 'a sentencepiece *.model or a tokenizer.json'
+  if path.is_dir():
+    path = _file_of(path, wanted)
+  if not path.exists():
     raise ValueError(f'tokenizer {path}: no such file; wanted {wanted}')
-  with open(path, 'rb') as f:
-    content = f.read()
-  if path.endswith('.model'):
-    return _from_sentencepiece(content, path, eos, pad)
-  if path.endswith('.json'):
-    config = tokenizer_json.token_config(path)
-    return _tokenizer(content, *tokenizer_json.read(
-        content, path, eos or config.get('eos_token'), pad or config.get('pad_token')))
-  raise ValueError(f'tokenizer {path}: unknown kind of file; wanted {wanted}')
+  if path.suffix not in ('.model', '.json'):
+    raise ValueError(f'tokenizer {path}: unknown kind of file; wanted {wanted}')
+  content, where = path.read_bytes(), str(path)
+  said = tokenizer_json.beside(path)
+  eos, pad = eos or said.eos, pad or said.pad
+  if path.suffix == '.json':
+    return _tokenizer(content, *tokenizer_json.read(content, where, eos, pad or eos, said.end_ids))
+  return _from_sentencepiece(content, where, eos, pad, said.special, said.end_ids)
+
+
+def _file_of(folder: epath.Path, wanted: str) -> epath.Path:
+  """The tokenizer's file in a folder."""
+  for name in ('tokenizer.json', 'tokenizer.model'):
+    if (folder / name).exists():
+      return folder / name
+  found = sorted(folder.glob('*.model'))
+  if len(found) != 1:
+    raise ValueError(f'tokenizer {folder}: found {[f.name for f in found]} there; wanted {wanted}')
+  return found[0]
 
 
 def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, symbols: Sequence[str],
@@ -104,23 +123,24 @@ def train_sentencepiece(texts: Iterable[str], *, vocab_size: int, symbols: Seque
                        'and character of the texts is a piece') from None
     raise ValueError(f'no tokenizer from these texts, wanted some text: {e}') from None
   if path is not None:
-    with open(path, 'wb') as f:
-      f.write(model.getvalue())
-  return _from_sentencepiece(model.getvalue(), path or 'trained in memory', None, None)
+    epath.Path(path).write_bytes(model.getvalue())
+  return _from_sentencepiece(model.getvalue(), str(path or 'trained in memory'), None, None)
 
 
-def _from_sentencepiece(content: bytes, where: str, eos: str | None, pad: str | None) -> Tokenizer:
+def _from_sentencepiece(content: bytes, where: str, eos: str | None, pad: str | None,
+                        special: Sequence[str] = (), end_ids: Sequence[int] = ()) -> Tokenizer:
   """The tokenizer of a serialized sentencepiece model."""
   try:
-    model = sentencepiece.SentencePieceProcessor(model_proto=content + _NOTHING_ADDED)
-  except RuntimeError as e:
+    adapted = sentencepiece_model.with_control(content, {*special, *TURN_MARKS}, end_ids)
+    model = sentencepiece.SentencePieceProcessor(model_proto=adapted + _NOTHING_ADDED)
+  except (RuntimeError, ValueError) as e:
     raise ValueError(f'tokenizer {where}: not a sentencepiece model: {e}') from None
   if not content or not model.vocab_size():
     raise ValueError(f'tokenizer {where}: not a sentencepiece model: it has no pieces')
   pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
   control = {piece: i for i, piece in enumerate(pieces) if model.is_control(i)}
 
-  def special(entry: str, spelling: str | None, own: int) -> int:
+  def special_id(entry: str, spelling: str | None, own: int) -> int:
     if (own if spelling is None else control.get(spelling, -1)) < 0:
       raise ValueError(f'tokenizer {where}: {entry}={spelling!r}; wanted one of its control pieces '
                        f'{sorted(control)}')
@@ -143,17 +163,20 @@ def _from_sentencepiece(content: bytes, where: str, eos: str | None, pad: str | 
     ids = [[control[part]] if n % 2 else encode(part) for n, part in enumerate(parts)]
     return np.concatenate(ids).astype(np.int32)
 
-  return _tokenizer(
-      content, tuple(map(token, range(len(pieces)))), special('pad', pad, model.pad_id()),
-      special('eos', eos, model.eos_id()), encode, encode_template)
+  eos_id = special_id('eos', eos, model.eos_id())
+  pad_id = eos_id if pad is None and model.pad_id() < 0 else special_id('pad', pad, model.pad_id())
+  return _tokenizer(content, tuple(map(token, range(len(pieces)))), pad_id, eos_id, encode, encode_template, end_ids)
 
 
 def _tokenizer(content: bytes, token_bytes: tuple[bytes, ...], pad_id: int, eos_id: int,
-               encode: Callable[[str], Ids], encode_template: Callable[[str], Ids]) -> Tokenizer:
+               encode: Callable[[str], Ids], encode_template: Callable[[str], Ids],
+               end_ids: Sequence[int]) -> Tokenizer:
   """Puts the parts together; ids outside the vocabulary (padded rows) decode to nothing."""
   def decode(ids: Ids) -> str:
     known = (token_bytes[i] for i in np.asarray(ids).tolist() if 0 <= i < len(token_bytes))
     return b''.join(known).decode('utf-8', 'replace')
 
+  ends = tuple(i for i in dict.fromkeys(end_ids)
+               if i != eos_id and 0 <= i < len(token_bytes) and not token_bytes[i])
   return Tokenizer(len(token_bytes), pad_id, eos_id, encode, encode_template, decode, token_bytes,
-                   hashlib.sha256(content).hexdigest())
+                   hashlib.sha256(content).hexdigest(), ends)

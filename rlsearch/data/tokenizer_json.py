@@ -5,11 +5,11 @@ Byte-level vocabularies (GPT-2, Qwen, Llama 3) and those with U+2581 for a space
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+from etils import epath
 import numpy as np
 import tokenizers
 
@@ -20,16 +20,30 @@ _BYTE_PIECE = re.compile('<0x([0-9A-F]{2})>')
 _UTF8_BYTES = frozenset([*range(0xC0), *range(0xC2, 0xF5)])        # the others occur in no text
 
 
-def read(content: bytes, where: str, eos: str | None, pad: str | None
-         ) -> tuple[tuple[bytes, ...], int, int, Callable[[str], Ids], Callable[[str], Ids]]:
-  """Returns token_bytes, pad_id, eos_id, encode and encode_template of a file's content.
+class Beside(NamedTuple):
+  """What the files beside a tokenizer say; None and () where they say nothing."""
+  eos: str | None                           # spellings
+  pad: str | None
+  special: tuple[str, ...]                  # all that are called special
+  end_ids: tuple[int, ...]                  # what ends a generation
+
+
+def read(content: bytes, where: str, eos: str | None, pad: str | None, end_ids: Sequence[int] = ()
+         ) -> tuple[tuple[bytes, ...], int, int, Callable[[str], Ids], Callable[[str], Ids], Sequence[int]]:
+  """Returns token_bytes, pad_id, eos_id, encode, encode_template and end_ids of a file's content.
+
+  Args:
+    content: of the file.
+    where: its name, for errors.
+    eos, pad: spellings.
+    end_ids: further tokens that end a turn; they become control tokens.
 
   Raises:
     ValueError: the content is broken or of an unknown kind, a token is unknown, or the model's own
       merges make a control token of ordinary text.
   """
   spec, vocab = _parse(content, where)
-  specials = {}
+  specials = {piece: i for piece, i in vocab.items() if i in set(end_ids)}
   for entry, spelling in (('eos', eos), ('pad', pad)):
     if spelling is None:
       raise ValueError(f'tokenizer {where}: no {entry} token; looked for the argument {entry} of '
@@ -47,25 +61,39 @@ def read(content: bytes, where: str, eos: str | None, pad: str | None
     if not token_bytes[i] and i in encode(piece):
       raise ValueError(f'tokenizer {where}: ordinary text becomes the control token {piece!r}; '
                        'wanted control tokens that no merge reaches')
-  return token_bytes, vocab[pad], vocab[eos], encode, _encoder(trusted)
+  return token_bytes, vocab[pad], vocab[eos], encode, _encoder(trusted), end_ids
 
 
-def token_config(path: str) -> dict[str, str]:
-  """Returns the spellings in `tokenizer_config.json` beside `path`: of 'eos_token' and 'pad_token'.
+def beside(path: epath.Path) -> Beside:
+  """Returns what tokenizer_config.json and generation_config.json in the folder of `path` say.
 
-  Empty where there is no such file; an entry that is missing or null is left out.
+  Raises:
+    ValueError: one of them is no JSON object, or its entries have another form.
   """
-  path = os.path.join(os.path.dirname(path), 'tokenizer_config.json')
-  if not os.path.isfile(path):
+  config, generation = (_object(path.parent / name)
+                        for name in ('tokenizer_config.json', 'generation_config.json'))
+  spelt = lambda token: token.get('content') if isinstance(token, Mapping) else token
+  added = config.get('added_tokens_decoder') or {}
+  special = [spelt(token) for token in added.values() if isinstance(token, Mapping) and token.get('special')]
+  ends = generation.get('eos_token_id')
+  ends = tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+  if not all(isinstance(i, int) for i in ends):
+    raise ValueError(f'{path.parent / "generation_config.json"}: eos_token_id={ends}; wanted ids')
+  return Beside(spelt(config.get('eos_token')) or None, spelt(config.get('pad_token')) or None,
+                tuple(filter(None, special)), ends)
+
+
+def _object(path: epath.Path) -> dict[str, Any]:
+  """The JSON object in a file; {} where there is no file."""
+  if not path.exists():
     return {}
-  with open(path, encoding='utf-8') as f:
-    try:
-      config = json.load(f)
-    except ValueError as e:
-      raise ValueError(f'tokenizer {path}: not JSON: {e}') from None
-  named = {name: config.get(name) for name in ('eos_token', 'pad_token')}
-  return {name: value['content'] if isinstance(value, dict) else value
-          for name, value in named.items() if value}
+  try:
+    found = json.loads(path.read_text())
+  except ValueError as e:
+    raise ValueError(f'tokenizer {path}: not JSON: {e}') from None
+  if not isinstance(found, dict):
+    raise ValueError(f'tokenizer {path}: found {type(found).__name__}, wanted an object')
+  return found
 
 
 def _parse(content: bytes, where: str) -> tuple[dict[str, Any], dict[str, int]]:
@@ -115,10 +143,12 @@ def _token_bytes(spec: Mapping[str, Any], vocab: Mapping[str, int], model: token
                  where: str) -> tuple[bytes, ...]:
   """Bytes of each id, as the file's decoder reads its pieces."""
   decoders = {step['type']: step for step in _steps(spec.get('decoder'))}
+  added = lambda content: content.encode()
   if 'ByteLevel' in decoders:
     bytes_of = _byte_level(vocab, where)
   elif 'ByteFallback' in decoders or 'Metaspace' in decoders:
     space = decoders.get('Metaspace', {}).get('replacement', '▁')
+    added = lambda content: content.replace(space, ' ').encode()   # Gemma adds runs of spaces
 
     def bytes_of(piece: str) -> bytes:
       byte = 'ByteFallback' in decoders and _BYTE_PIECE.fullmatch(piece)
@@ -130,7 +160,7 @@ def _token_bytes(spec: Mapping[str, Any], vocab: Mapping[str, int], model: token
   for piece, i in vocab.items():
     out[i] = bytes_of(piece)
   for i, token in model.get_added_tokens_decoder().items():
-    out[i] = b'' if token.special else token.content.encode()
+    out[i] = b'' if token.special else added(token.content)
   return tuple(out)
 
 

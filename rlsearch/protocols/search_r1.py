@@ -4,10 +4,11 @@ Jin et al. 2025, https://arxiv.org/abs/2503.09516, Sec. 3.2.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import re
+from typing import Any
 
-from rlsearch.data import text as text_lib
+from rlsearch.data import chat as chat_lib, text as text_lib
 from rlsearch.types import Action, Passage, Protocol, Question
 
 TAGS = ('think', 'search', 'information', 'answer')
@@ -48,7 +49,8 @@ def parse(turn: str) -> Action:
 
 
 def search_r1(*, max_searches: int, prompt: str = 'instructions', reminder: str = 'full', separator: str = '\n\n',
-              document: str = 'Doc {index}(Title: "{title}") {text}\n') -> Protocol:
+              document: str = 'Doc {index}(Title: "{title}") {text}\n',
+              chat: Mapping[str, Any] | None = None) -> Protocol:
   """Returns the protocol of Search-R1.
 
   A question becomes one prompt; a search is answered by `separator`, <information>, the passages, </information>,
@@ -62,10 +64,40 @@ def search_r1(*, max_searches: int, prompt: str = 'instructions', reminder: str 
     reminder: 'full' or 'short'.
     separator: around an observation.
     document: of one passage, with {index} from 1, {title} and {text}.
+    chat: entries of data.chat.open_chat; the prompt is then the message of the user in the checkpoint's chat template,
+      and an observation or a reminder a message behind the turn, without separators.  None for plain text.
 
   Raises:
     ValueError: an impossible entry.
   """
+  _check(max_searches, prompt, reminder, document)
+  wrap = None if chat is None else chat_lib.from_entries(chat)
+  tags = TAGS if wrap is None else (*TAGS, *wrap.markers)
+
+  def prompts(question: Question) -> tuple[str | chat_lib.Parts, ...]:
+    text = PROMPTS[prompt].format(question=text_lib.neutralize(question.text, tags))
+    return (text if wrap is None else chat_lib.prompt(wrap, (chat_lib.Part(text, False),)),)
+
+  def told(text: str) -> str | chat_lib.Parts:
+    return text if wrap is None else chat_lib.reply(wrap, (chat_lib.Part(text, False),))
+
+  def observe(action: Action, passages: Sequence[Passage], turns_left: int) -> str | chat_lib.Parts:
+    del turns_left
+    if action.kind == 'invalid':
+      return told(REMINDERS[reminder])
+    # Neutralised as one text: a tag cannot be put together from the end of a title and the start of a text either.
+    documents = text_lib.neutralize(''.join(
+        document.format(index=i, title=p.title, text=p.text) for i, p in enumerate(passages, 1)), tags)
+    # A leading space belongs to the first word's token, so a plain layout keeps it.
+    documents = documents.rstrip() if document.startswith(' ') else documents.strip()
+    return told(f'{separator}<information>{documents}</information>{separator}')
+
+  stops = ('</search>', '</answer>') if wrap is None else ('</search>', '</answer>', wrap.end)
+  return Protocol(prompts, {'': '', 'answer': '<answer>'}, stops, max_searches + 1, parse, observe)
+
+
+def _check(max_searches: int, prompt: str, reminder: str, document: str) -> None:
+  """Raises ValueError for an impossible entry."""
   if max_searches < 0:
     raise ValueError(f'config.protocol.max_searches={max_searches}: wants 0 or more')
   for name, value, known in (('prompt', prompt, PROMPTS), ('reminder', reminder, REMINDERS)):
@@ -75,20 +107,3 @@ def search_r1(*, max_searches: int, prompt: str = 'instructions', reminder: str 
     document.format(index=1, title='', text='')
   except (KeyError, IndexError, ValueError) as error:
     raise ValueError(f'config.protocol.document={document!r}: wants only {{index}}, {{title}} and {{text}}') from error
-  template = PROMPTS[prompt]
-
-  def prompts(question: Question) -> tuple[str, ...]:
-    return (template.format(question=text_lib.neutralize(question.text, TAGS)),)
-
-  def observe(action: Action, passages: Sequence[Passage], turns_left: int) -> str:
-    del turns_left
-    if action.kind == 'invalid':
-      return REMINDERS[reminder]
-    # Neutralised as one text: a tag cannot be put together from the end of a title and the start of a text either.
-    documents = text_lib.neutralize(''.join(
-        document.format(index=i, title=p.title, text=p.text) for i, p in enumerate(passages, 1)), TAGS)
-    # A leading space belongs to the first word's token, so a plain layout keeps it.
-    documents = documents.rstrip() if document.startswith(' ') else documents.strip()
-    return f'{separator}<information>{documents}</information>{separator}'
-
-  return Protocol(prompts, {'': '', 'answer': '<answer>'}, ('</search>', '</answer>'), max_searches + 1, parse, observe)

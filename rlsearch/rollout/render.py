@@ -4,11 +4,13 @@ The ledger of a path is append-only: a token's id is written when it is made and
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+import functools
 from typing import NamedTuple
 
 import numpy as np
 
+from rlsearch.data.chat import Parts
 from rlsearch.data.questions import Source
 from rlsearch.data.tokenizer import Tokenizer
 from rlsearch.sampling import forest as forest_lib
@@ -32,14 +34,40 @@ class Render(NamedTuple):
   topk: int                   # passages per query
 
 
+def text_ids(tok: Tokenizer, text: str | Parts) -> Ids:
+  """Returns the ids of a prompt or an observation, in which only trusted parts can spell control tokens.
+
+  What stands between two control tokens is encoded as one text, whoever wrote it, so the ids are those of the whole
+  text under encode_template wherever no untrusted part spells a control token.  A plain string is untrusted.
+  """
+  if isinstance(text, str):
+    return tok.encode(text)
+  found, run = [], ''
+  for part in text:
+    head, ids, tail = _trusted(tok.encode_template, tok.decode, part.text) if part.trusted else (part.text, None, '')
+    run += head
+    if ids is not None:
+      found, run = [*found, tok.encode(run), ids], tail
+  return np.concatenate([*found, tok.encode(run)]).astype(np.int32)
+
+
+@functools.lru_cache(maxsize=256)
+def _trusted(encode: Callable[[str], Ids], decode: Callable[[Ids], str], text: str) -> tuple[str, Ids | None, str]:
+  """What a trusted text has before its first control token, the ids from there to its last one, and what is behind."""
+  ids = encode(text)
+  control = [n for n in range(len(ids)) if not decode(ids[n:n + 1])]             # the one kind without bytes
+  if not control:
+    return text, None, ''
+  return decode(ids[:control[0]]), ids[control[0]:control[-1] + 1], decode(ids[control[-1] + 1:])
+
+
 def prompt_ids(render: Render, question: Question) -> tuple[Ids, ...]:
   """Returns the question's prompts as ids, one per variant.
 
   Raises:
     ValueError: a prompt longer than its budget; the question is named.
   """
-  # `encode`: a question and a passage are untrusted, and may not spell a control token.
-  found = tuple(render.tok.encode(text) for text in render.protocol.prompts(question))
+  found = tuple(text_ids(render.tok, text) for text in render.protocol.prompts(question))
   for ids in found:
     if len(ids) > render.length.prompt or len(ids) >= render.length.total:
       raise ValueError(f'question {question.uid!r}: its prompt has {len(ids)} tokens; config.length allows '
@@ -50,12 +78,33 @@ def prompt_ids(render: Render, question: Question) -> tuple[Ids, ...]:
 
 
 def check_prompts(render: Render, source: Source, splits: Mapping[str, Sequence[Question]]) -> None:
-  """Raises ValueError for the first question whose prompt does not fit, before anything is trained."""
+  """Raises ValueError for the first question whose prompt does not fit, before anything is trained.
+
+  So does a chat template that ends a turn with what does not end one for the tokenizer.
+  """
+  _check_end(render)
   for position in range(source.size):
     prompt_ids(render, source.get(position))
   for questions in splits.values():
     for question in questions:
       prompt_ids(render, question)
+
+
+def _check_end(render: Render) -> None:
+  """Raises ValueError unless a chat's reply begins with a token that ends a turn, and tags show in a turn's text."""
+  text = render.protocol.observe(Action('invalid', ()), (), 1)
+  if isinstance(text, str):
+    return
+  tok, first = render.tok, int(text_ids(render.tok, text)[0])
+  if first not in (tok.eos_id, *tok.end_ids):
+    raise ValueError(f'config.protocol.chat: the template ends a turn with {text[0].text[:20]!r}, which is token '
+                     f'{first}; for the tokenizer turns end with {[tok.eos_id, *tok.end_ids]}.  Wants the tokenizer of '
+                     'the same checkpoint, with generation_config.json (eos_token_id) or tokenizer_config.json '
+                     '(eos_token) beside it')
+  for part in text[1:-1]:                                         # a reminder shows the tags that a turn should have
+    if part.trusted and tok.decode(tok.encode_template(part.text)) != part.text:
+      raise ValueError(f'config.protocol: {part.text!r} holds a control token of the tokenizer, which the text of a '
+                       'turn does not show; wants a tokenizer that has it as an ordinary token, or another protocol')
 
 
 def plant(render: Render, question: Question) -> Tree:
@@ -147,6 +196,9 @@ def _append(render: Render, tree: Tree, i: int, turn: Turn, passages: Sequence[P
   left = tree.max_turns - forest_lib.depth(tree.nodes[i])
   room = min(render.length.observation, render.length.total - len(context(tree, i)) - 1)
   ids, shown = fit(render, turn.action, passages, left, room)
+  ends = (render.tok.eos_id, *render.tok.end_ids)
+  if ids is not None and len(ids) and len(turn.token_ids) and turn.token_ids[-1] == ids[0] and ids[0] in ends:
+    ids = ids[1:]                                                 # the agent has ended its turn itself
   turn = turn._replace(passages=shown, observation_ids=ids)
   tree = forest_lib.replace(tree, i, tree.nodes[i]._replace(turn=turn))
   return forest_lib.end(tree, i, LONG_OBSERVATION) if ids is None else tree
@@ -161,7 +213,7 @@ def fit(render: Render, action: Action, passages: Sequence[Passage], turns_left:
   (Search-R1 cuts the closing tag off instead.)
   """
   def ids(shown):
-    return render.tok.encode(render.protocol.observe(action, shown, turns_left))
+    return text_ids(render.tok, render.protocol.observe(action, shown, turns_left))
   shown = tuple(passages)
   while True:
     found = ids(shown)
