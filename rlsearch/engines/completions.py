@@ -156,8 +156,8 @@ def completions(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, 
   dialect = DIALECTS[server]
   if after_temperature is not None:
     dialect = dialect._replace(after_temperature=after_temperature)
-  rules = Rules(tok.vocab_size, stops_lib.automaton(tok.token_bytes, stops), list(stops), [tok.eos_id, *end_ids],
-                cut_late)
+  rules = Rules(tok.vocab_size, stops_lib.automaton(tok.token_bytes, stops), list(stops),
+                [tok.eos_id, *tok.end_ids, *end_ids], cut_late)
   post = posting.poster(url, os.environ[api_key_env] if api_key_env else '', retries, backoff_seconds)
   asked = Server(url, dialect, post, {'model': model_name} if model_name else {}, timeout_seconds,
                  dialect.load if load is None else load, load_seconds, max_new_tokens, rules)
@@ -221,7 +221,10 @@ def _engine(server: Server, tok: Tokenizer, pool: posting.Pool, exports: epath.P
       turns.append(finish(r, drawn))
     return turns
 
-  def set_params(params: Params, version: int) -> None:
+  def set_params(params: Params | None, version: int, own: bool = False) -> None:
+    del own
+    if params is None:                             # the server keeps what it has until there is more
+      return
     out = state['sampling'] + state['scoring']
     if out:
       raise RuntimeError(f'{out} requests are out at the server; it cannot load weights of step {version} under them')

@@ -81,12 +81,13 @@ def paged(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *, row
   each = rows // shards
   plan = memory.plan(model.config, mesh, num_pages=num_pages, page_tokens=page_tokens, rows=each, members=members,
                      widths=widths, own_width=own_width, share=memory_share)
+  _tell_of_copies(model.config, mesh, plan)
   rule = decode.restriction(tok.vocab_size, top_k, top_p, min_p, logit_bias)
   lanes = [Lane(shards, each, 1, page_tokens, widths, widths)]
   if members > 1:
     lanes.append(Lane(shards, each, members, page_tokens, widths, (own_width,)))
-  program = _programs(model.config, tok, mesh, [lane.members for lane in lanes], steps, rule, plan, page_tokens)
-  automaton = parallel.to_replicated(stops_lib.automaton(tok.token_bytes, stops), mesh)
+  program = programs(model.config, tok, mesh, [lane.members for lane in lanes], steps, rule, plan, page_tokens)
+  automaton = parallel.to_replicated(stops_lib.automaton(tok.token_bytes, stops, tok.end_ids), mesh)
   schedule = Schedule(lanes, [Memory(plan.num_pages, plan.num_rows) for _ in range(shards)], page_tokens=page_tokens,
                       max_new_tokens=max_new_tokens, steps=steps, chunk_rows=chunk_rows, chunk_tokens=chunk_tokens,
                       width=widths[-1])
@@ -97,13 +98,13 @@ def paged(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *, row
 def _engine(tok: Tokenizer, program: Programs, schedule: Schedule, automaton: jax.Array, read: scoring.Reader,
             plan: memory.Plan) -> Engine:
   """The six functions of an engine over one state."""
-  state = {'params': None, 'whole': None, 'version': -1, 'pool': program.pool(), 'flying': [], 'idle': 0, 'scored_tokens': 0}
+  state = {'params': None, 'version': -1, 'pool': program.pool(), 'flying': [], 'idle': 0, 'scored_tokens': 0}
 
-  def set_params(params, version):
+  def set_params(params, version, own=False):
     state['flying'].clear()                              # sampled by the old policy, and thrown away
     schedule.restart()
-    state.update(whole=None, params=None)                # not two of them at once
-    state.update(whole=params, params=program.unstack(params), version=version)
+    state.update(params=None)                            # not two of them at once
+    state.update(params=None if params is None else program.unstack(params, own), version=version)
 
   def land():
     finished = []
@@ -133,7 +134,7 @@ def _engine(tok: Tokenizer, program: Programs, schedule: Schedule, automaton: ja
     return finished
 
   def logprob(prefixes: Sequence[Ids], targets: Sequence[Ids]) -> np.ndarray:
-    values, tokens = scoring.read_targets(read, state['whole'], prefixes, targets)
+    values, tokens = scoring.read_targets(read, state['params'], prefixes, targets)
     state['scored_tokens'] += tokens
     return values
 
@@ -152,6 +153,12 @@ def _engine(tok: Tokenizer, program: Programs, schedule: Schedule, automaton: ja
   return Engine(schedule.submit, poll, schedule.release, set_params, logprob, take_counts)
 
 
+def _tell_of_copies(config: ModelConfig, mesh: Mesh, plan: memory.Plan) -> None:
+  if parallel.kv_copies(config.num_kv_heads, mesh) > 1 and jax.process_index() == 0:
+    print(f'sampler: {config.num_kv_heads} key/value heads over config.sampler_mesh.tensor={mesh.shape["tensor"]}: every '
+          f'device holds all of them, {plan.total_bytes / 2 ** 20:.0f} MiB', flush=True)
+
+
 def _check(rows, shards, members, page_tokens, steps, chunk_rows, chunk_tokens, max_new_tokens):
   """Raises ValueError for sizes that no program has."""
   for name, value in (('page_tokens', page_tokens), ('steps', steps), ('chunk_rows', chunk_rows),
@@ -166,9 +173,20 @@ def _check(rows, shards, members, page_tokens, steps, chunk_rows, chunk_tokens, 
     raise ValueError(f'config.engine.steps={steps}: more than page_tokens={page_tokens}')
 
 
-def _programs(config: ModelConfig, tok: Tokenizer, mesh: Mesh, members: Sequence[int], steps: int,
+def programs(config: ModelConfig, tok: Tokenizer, mesh: Mesh, members: Sequence[int], steps: int,
               rule: decode.Restriction, plan: memory.Plan, page_tokens: int) -> Programs:
-  """The jitted programs, each device of data x fsdp on its own; over tensor, XLA divides the heads."""
+  """Returns the jitted programs, each device of data x fsdp on its own; over tensor, XLA divides the heads.
+
+  Args:
+    config: shapes.
+    tok: for its size and end token.
+    mesh: the sampler's; nothing is put on its devices.
+    members: rows of a group, of each lane.
+    steps: of a slice.
+    rule: what may be drawn.
+    plan: of the pool.
+    page_tokens: S.
+  """
   alone = tuple(axis for axis in mesh.axis_names if axis != 'tensor')
   manual = set(alone) if mesh.shape['tensor'] > 1 else set(mesh.axis_names)
   shards = mesh.size // mesh.shape['tensor']
@@ -186,7 +204,7 @@ def _programs(config: ModelConfig, tok: Tokenizer, mesh: Mesh, members: Sequence
                       (everywhere, mine, mine, everywhere), (mine, mine)),
               donate_argnums=1, out_shardings=(pool_sharding, NamedSharding(mesh, mine)))) for n in members)
   return Programs(
-      unstack=jax.jit(partial(paged_model.unstack, config)),
+      unstack=partial(paged_model.unstack, config, jax.jit(partial(paged_model.slices, config))),
       pool=jax.jit(lambda: paged_model.empty_pool(config, shards * plan.num_pages, page_tokens, shards * plan.num_rows),
                    out_shardings=pool_sharding),
       prefill=memory.Measured(jax.jit(prefill, donate_argnums=1, out_shardings=pool_sharding)), decode=decodes)

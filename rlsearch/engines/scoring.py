@@ -76,7 +76,7 @@ def mean_logp(config: ModelConfig) -> Callable[..., jax.Array]:
   """Returns fn(params, tokens, lengths, marks): mean log p(token | what is left of it) of the marked tokens, f32[B]."""
   def fn(params, tokens, lengths, marks):
     del lengths
-    hidden = transformer.forward(config, params, tokens, _positions(tokens), transformer.causal)
+    hidden = transformer.forward(config, params, tokens, _positions(tokens), transformer.causal(config))
     logp, _ = heads.token_stats(config, params, hidden, tokens)
     return jnp.sum(logp * marks, axis=1) / jnp.maximum(jnp.sum(marks, axis=1), 1)
   return fn
@@ -88,7 +88,7 @@ def last_score(config: ModelConfig) -> Callable[..., jax.Array]:
   `params` has the module's 'trunk' and 'head'; marked tokens are the agent's own.
   """
   def fn(params, tokens, lengths, marks):
-    hidden = transformer.forward(config, params['trunk'], tokens, _positions(tokens), transformer.causal)
+    hidden = transformer.forward(config, params['trunk'], tokens, _positions(tokens), transformer.causal(config))
     logp, _ = heads.token_stats(config, params['trunk'], hidden, tokens)
     return heads.reward(params['head'], hidden, logp, marks, _positions(tokens) < lengths[:, None])
   return fn

@@ -45,7 +45,7 @@ def simple(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *, ro
     raise ValueError(f'config.engine.rows={rows}: not a multiple of the sampler\'s {num_devices} devices')
   if list(contexts) != sorted(set(contexts)) or not contexts:
     raise ValueError(f'config.engine.contexts={list(contexts)}: wants rising lengths')
-  automaton = parallel.to_replicated(stops_lib.automaton(tok.token_bytes, stops), mesh)
+  automaton = parallel.to_replicated(stops_lib.automaton(tok.token_bytes, stops, tok.end_ids), mesh)
   axes = P(mesh.axis_names)
   body = partial(decode.sample_turn, model.config, max_new_tokens, tok.vocab_size, tok.eos_id,
                  rule=decode.restriction(tok.vocab_size, top_k, top_p, min_p, logit_bias))
@@ -56,7 +56,8 @@ def simple(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *, ro
   state = {'params': None, 'version': -1}
   counts = {'generated_tokens': 0, 'prefilled_tokens': 0, 'padded_tokens': 0, 'scored_tokens': 0}
 
-  def set_params(params, version):
+  def set_params(params, version, own=False):
+    del own                                                    # kept as they are
     state['params'], state['version'] = params, version
 
   def launch(batch):
