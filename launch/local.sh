@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One host, all of its devices:
 #   launch/local.sh search_r1_grpo[:SCALE] WORKDIR [--config.a.b=value ...]
-# The same command continues a run that was stopped.  Launchers for several hosts come later.
+# The same command continues a run that was stopped.  For several processes or hosts see the other files here.
 set -euo pipefail
 if [ $# -lt 2 ]; then
   sed -n '2,4s/^# //p' "$0" >&2

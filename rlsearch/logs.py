@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+import importlib.util
 import json
 import math
 import sys
@@ -53,8 +54,16 @@ def keep_until(path: epath.Path, step: int) -> None:
   replace_text(path, ''.join(line + '\n' for line in kept))
 
 
+def is_remote(path: epath.Path) -> bool:
+  """Returns whether a path is an object of a store such as gs://, not a file of this machine."""
+  return '://' in str(path)
+
+
 def replace_text(path: epath.Path, text: str) -> None:
   """Writes a file whole or not at all: a kill leaves what was there."""
+  if is_remote(path):                              # an object appears when it is whole; a rename there is a copy
+    path.write_text(text)
+    return
   part = path.parent / (path.name + '.part')
   part.write_text(text)
   part.replace(path)
@@ -68,11 +77,17 @@ def writer(folder: epath.Path, stage: str, first_step: int, tensorboard: bool) -
   folder.mkdir(parents=True, exist_ok=True)
   for name in ('metrics.jsonl', 'evals.jsonl'):
     keep_until(folder / name, first_step)
-  events = SummaryWriter(str(folder / 'tensorboard'), purge_step=first_step or None) if tensorboard else None
+  events = _events(folder / 'tensorboard', first_step) if tensorboard else None
+  written: dict[str, str] = {}                     # of objects, to which no store can append
 
   def append(name, record):
     line = json.dumps(finite(record), allow_nan=False) + '\n'
     path = folder / name
+    if is_remote(path):
+      before = written[name] if name in written else path.read_text() if path.exists() else ''
+      written[name] = before + line
+      replace_text(path, written[name])
+      return
     with path.open('a') as f:
       f.write(line)
 
@@ -95,6 +110,20 @@ def writer(folder: epath.Path, stage: str, first_step: int, tensorboard: bool) -
     replace_text(folder / name, json.dumps(finite({**record, 'stage': stage}), allow_nan=False))
 
   return Writer(step, evaluation, episodes, (lambda: None) if events is None else events.close)
+
+
+def _events(folder: epath.Path, first_step: int) -> SummaryWriter | None:
+  """The writer of TensorBoard's events; None, and a line that says so, where tensorboardX cannot write."""
+  client = {'gs': 'google.cloud.storage', 's3': 'boto3'}.get(str(folder).split('://')[0])
+  try:
+    found = not is_remote(folder) or client is not None and importlib.util.find_spec(client) is not None
+  except ModuleNotFoundError:                      # a parent of it is not there
+    found = False
+  if not found:
+    print(f'no TensorBoard events in {folder}: ' + (f'that wants {client}' if client else 'an unknown store') +
+          '; metrics.jsonl has the same numbers', flush=True)
+    return None
+  return SummaryWriter(str(folder), purge_step=first_step or None)
 
 
 ## The numbers of a step.
@@ -201,18 +230,23 @@ class Clock(NamedTuple):
   take: Callable[[], dict[str, float]]             # time/<part> since the last take, and time/step
 
 
-def clock(parts: Sequence[str] = ()) -> Clock:
-  """Returns a clock for the parts of steps; `parts` are in every line, with 0 where a step had none."""
+def clock(parts: Sequence[str] = (), phase: Callable[[str], None] = lambda name: None) -> Clock:
+  """Returns a clock for the parts of steps; `parts` are in every line, with 0 where a step had none.
+
+  `phase` is told when a part begins, and when it has ended.
+  """
   spent = dict.fromkeys(parts, 0.0)
   state = {'last': time.monotonic()}
 
   @contextmanager
   def part(name: str) -> Iterator[None]:
     start = time.monotonic()
+    phase(name)
     try:
       yield
     finally:
       spent[name] = spent.get(name, 0.0) + time.monotonic() - start
+      phase(f'after {name}')
 
   def take():
     now = time.monotonic()

@@ -3,21 +3,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 import ctypes
+import hashlib
 import json
 import os
+import pathlib
 import resource
 import signal
 import subprocess
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 import jax
 
-from rlsearch import logs, settings
+from rlsearch import hosts as hosts_lib, logs, profiling, redact, settings
+from rlsearch.data.tokenizer import Tokenizer
+from rlsearch.envs.environments import Environment
+from rlsearch.hosts import ALONE, Hosts
 
 _STARTED = time.time()
+_CACHE = {'counts': lambda: {'hits': 0, 'misses': 0}}        # of compiled programs, from use_compilation_cache on
+
+
+class Around(NamedTuple):
+  """What a stage knows of the job around it.
+
+  Attributes:
+    hosts: its processes.
+    phase: told which phase begins.
+    tick: told that one goes on.
+    profile: steps to trace.
+  """
+  hosts: Hosts = ALONE
+  phase: Callable[[str], None] = lambda name: None
+  tick: Callable[[], None] = lambda: None
+  profile: range = range(0)
 
 
 def stop_on_signals(say: Callable[[str], None]) -> Callable[[], bool]:
@@ -35,8 +56,20 @@ def stop_on_signals(say: Callable[[str], None]) -> Callable[[], bool]:
   return lambda: asked['stop']
 
 
+def ticking(stop: Callable[[], bool], tick: Callable[[], None]) -> Callable[[], bool]:
+  """Returns `stop` that ticks: a rollout or an evaluation asks it at every turn, so long ones show that they go on."""
+  def asked():
+    tick()
+    return stop()
+  return asked
+
+
 def use_compilation_cache() -> None:
-  """Keeps compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR says where, or is empty for none."""
+  """Keeps compiled programs between runs, unless JAX_COMPILATION_CACHE_DIR says where, or is empty for none.
+
+  Hosts that share no home folder want one that they share, such as gs://bucket/jax: process 0 writes, all read.
+  """
+  _CACHE['counts'] = profiling.count_cache()
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     jax.config.update('jax_compilation_cache_dir', os.path.expanduser('~/.cache/rlsearch/jax'))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
@@ -66,6 +99,35 @@ def commit() -> str:
     return 'unknown'
 
 
+def source_hash() -> str:
+  """Returns a hash of the package's source, which tells two changed checkouts of one commit apart."""
+  here, total = pathlib.Path(__file__).parent, hashlib.sha256()
+  for path in sorted(here.rglob('*.py')):
+    total.update(f'{path.relative_to(here)}\n'.encode() + path.read_bytes())
+  return total.hexdigest()[:16]
+
+
+def start_items(config: Mapping[str, Any], until: str) -> dict[str, str]:
+  """Returns what the hosts of a job must have in common before any of them touches a device."""
+  return {'commit': commit(), 'source': source_hash(), '--until': until, **hosts_lib.versions(),
+          **_entries(redact.tree(config), 'config')}
+
+
+def _entries(config: Any, name: str) -> dict[str, str]:
+  """The entries of a config by their dotted names."""
+  if not isinstance(config, Mapping) or not config:
+    return {name: repr(config)}
+  return {k: v for key, inner in config.items() for k, v in _entries(inner, f'{name}.{key}').items()}
+
+
+def data_items(env: Environment, tok: Tokenizer) -> dict[str, str]:
+  """Returns what the hosts of a stage must have in common: questions, passages (and so the index made of them), tokens,
+  devices."""
+  devices = jax.local_devices()
+  return {'corpus and questions': env.digest, 'tokenizer': tok.digest,
+          'devices': f'{len(devices)} {devices[0].device_kind}'}
+
+
 # Entries that change no step that is done: a run may be made longer, or watched otherwise.
 _FREE = ('.steps: ', '.evals.', '.checkpoint.', '.tensorboard: ', '.tools.', '.max_failed_share: ')
 
@@ -77,11 +139,14 @@ def _harmless(change: str) -> bool:
 def claim(workdir: epath.Path, config: Mapping[str, Any], overwrite: bool) -> None:
   """Writes the run's config, or checks that the run in this folder is the same one.
 
+  Secrets are not written down (`redact`), so two configs that differ in nothing else are the same run.
+
   Raises:
     ValueError: another config's run is there; the entries that differ are named.
   """
   if jax.process_index():
     return
+  config = redact.tree(config)
   path = workdir / 'config.json'
   if path.exists():
     old = json.loads(path.read_text())
@@ -92,7 +157,7 @@ def claim(workdir: epath.Path, config: Mapping[str, Any], overwrite: bool) -> No
     if changed and overwrite:
       # The config last: as long as anything of that run is there, it says whose it is.
       for child in sorted(workdir.iterdir(), key=lambda child: child.name == path.name):
-        if child.name != '.lock':
+        if not child.name.startswith('.lock'):
           child.rmtree() if child.is_dir() else child.unlink()
     elif changed:
       shown = '\n  '.join(changed[:8]) + ('\n  ...' if len(changed) > 8 else '')
@@ -102,8 +167,15 @@ def claim(workdir: epath.Path, config: Mapping[str, Any], overwrite: bool) -> No
   if (workdir / 'run.json').exists():                                  # tells how the run began
     return
   run = {'commit': commit(), 'started': time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(_STARTED)), 'jax': jax.__version__,
-         'devices': jax.device_count(), 'platform': jax.devices()[0].device_kind, 'command': ' '.join(sys.argv)}
+         'devices': jax.device_count(), 'platform': jax.devices()[0].device_kind,
+         'processes': jax.process_count(), 'command': ' '.join(redact.command(sys.argv))}
   logs.replace_text(workdir / 'run.json', json.dumps(run, indent=1))
+
+
+def whose(workdir: epath.Path) -> str:
+  """Returns which run a claimed folder holds: hosts that see different ones, or none, do not share the folder."""
+  path = workdir / 'run.json'
+  return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else 'a folder without a run'
 
 
 def lines(path: epath.Path) -> list[dict[str, Any]]:
@@ -159,6 +231,7 @@ def _summary(workdir: epath.Path, stages: list[str], seed: int) -> dict[str, Any
       **{k: sum(m.get(f'cost/{k}', 0) for m in metrics)
          for k in ('update_tokens', 'distinct_tokens', 'judge_tokens', 'scored_tokens', 'retrievals')},
       'seconds_cold_start': sum(seconds.get(name, 0.0) for name in stages[:-1]), 'seconds_rl': seconds.get(stages[-1], 0.0),
+      **{f'compilation_cache_{k}': n for k, n in _CACHE['counts']().items()},
       'seconds_total': max(time.time() - _STARTED, sum(seconds.values())), 'peak_memory_gib': peak_memory_gib()}
 
 
@@ -175,4 +248,6 @@ def table(summary: Mapping[str, Any]) -> str:
       f'total {summary["seconds_total"]:.0f};  peak memory {summary["peak_memory_gib"]:.2f} GiB',
       f'  tokens     generated {summary["generated_tokens"]:.0f}, prefilled {summary["prefilled_tokens"]:.0f}, '
       f'trained {summary["trained_tokens"]:.0f}, judge {summary.get("judge_tokens", 0):.0f};  '
-      f'retrievals {summary["retrievals"]:.0f}'])
+      f'retrievals {summary["retrievals"]:.0f}',
+      f'  programs   {summary.get("compilation_cache_hits", 0)} from the compilation cache, '
+      f'{summary.get("compilation_cache_misses", 0)} compiled for it by the last command'])

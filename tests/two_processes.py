@@ -1,11 +1,37 @@
-"""Two steps of the tests' run as one of several processes: `python tests/two_processes.py WORKDIR OUT FSDP NUM [ID PORT]`."""
+"""The tests' run of several processes, as a config and as a program that writes down what it saw.
+
+  python -m two_processes --config=tests/two_processes.py --workdir=D --cpu_devices=4 --coordinator=... [--config.steps=3]
+
+With SEEN=FOLDER in the environment it leaves FOLDER/<process>.npz: of every step the rollout's tokens, rewards and
+advantages, and the gradients, parameters and loss of the update.  With TERM_PLAN=FILE, process 1 takes a number n from the
+file's first line when it starts, and sends itself SIGTERM when its n-th rollout or evaluation begins.
+"""
 from __future__ import annotations
 
+import os
 import pathlib
+import signal
 import sys
 
-import jax
+from ml_collections import ConfigDict
 import numpy as np
+
+
+def get_config() -> ConfigDict:
+  """Returns three updates of the embedded world without a cold start.
+
+  Plain descent, so that rounding is not blown up; parameters are cut over processes, heads inside of one.
+  """
+  import small_config
+  c = small_config.get_config()
+  del c.stages.cold_start
+  c.steps, c.schedule.lr.steps = 3, 3
+  c.mesh = dict(data=1, fsdp=4, tensor=2)
+  c.optimizer = dict(name='sgd', clip_norm=1.0)
+  c.updates.minibatches = 1
+  c.schedule.lr = 0.5
+  c.evals.update(every=2, num=4, final_num=4, modes=('sampled',))
+  return c
 
 
 def parity(*, wrong: float = 0.0):
@@ -16,50 +42,71 @@ def parity(*, wrong: float = 0.0):
   return RewardTerm(lambda episode: (), lambda episodes, outcomes: [one(e) for e in episodes])
 
 
-def config(fsdp: bool):
-  """Returns the RL stage's config: two steps of plain descent, so that rounding is not blown up."""
-  import small_run
-  c = small_run.changed({
-      'mesh': dict(data=1, fsdp=-1, tensor=1) if fsdp else dict(data=-1, fsdp=1, tensor=1), 'steps': 2, 'engine.rows': 16,
-      'optimizer': dict(name='sgd', clip_norm=1.0), 'updates.minibatches': 1, 'schedule.lr': 0.5})
-  return small_run.claimed(c)['stages'][small_run.RL]
+def spy(seen: list[dict]) -> None:
+  """Has the trainer note what it sees, one entry a step."""
+  import jax
+  from rlsearch import train
+  make_programs, update_step = train.make_programs, train.update_step
 
+  def whole(program, tree):
+    """A tree of global arrays on the host: a collective of all processes."""
+    gathered = program.settle(jax.jit(lambda x: x, out_shardings=program.shard.replicated)(tree))
+    return {jax.tree_util.keystr(path): np.asarray(x.addressable_data(0)) for path, x in jax.tree_util.tree_leaves_with_path(gathered)}
 
-def main(workdir: str, out: str, fsdp: str, num: str, own: str = '0', port: str = '') -> None:
-  """Trains, and writes what this process saw to OUT.npz."""
-  jax.config.update('jax_platforms', 'cpu')
-  jax.config.update('jax_num_cpu_devices', 2 // int(num))
-  if int(num) > 1:
-    jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-    jax.distributed.initialize(f'127.0.0.1:{port}', int(num), int(own))
-  from etils import epath
-  from rlsearch import rewards, services, settings, train
-  rewards.exact_match = parity
-  seen, update_step = [], train.update_step
+  def made(*args):
+    program = make_programs(*args)
+    def apply(state, sums, hypers):
+      seen[-1] |= {f'grads{k}': v for k, v in whole(program, sums.grads).items()}
+      return program.apply(state, sums, hypers)
+    return program._replace(apply=apply)
 
-  def spy(program, state, packed, given, *rest):
-    state, advantage, means = update_step(program, state, packed, given, *rest)
-    seen.append((packed, given, advantage, {k: np.asarray(v.addressable_data(0)) for k, v in policy(program, state).items()}, means))
+  def step(program, state, packed, rewards, *rest):
+    n = packed.num_rows
+    seen.append({'tokens': packed.traj.tokens[:n], 'rewards': rewards.terms['em'][:n]})
+    state, advantage, means = update_step(program, state, packed, rewards, *rest)
+    seen[-1] |= {'advantage': advantage[:n], 'loss': means['update/loss'],
+                 **{f'params{k}': v for k, v in whole(program, program.policy(state)).items()}}
     return state, advantage, means
 
-  def policy(program, state):
-    whole = jax.jit(lambda x: x, out_shardings=program.shard.replicated)(program.policy(state))
-    return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(whole)}
+  train.make_programs, train.update_step = made, step
 
-  train.update_step = spy
-  stage, folder = config(fsdp == 'fsdp'), epath.Path(workdir)
-  shared = services.shared(stage, services.environment(stage), folder / f'shared-{own}')
-  ended = train.train(stage, 'rl', folder / 'rl', None, shared, lambda: False)
-  assert ended.finished
-  found = {}
-  for i, (packed, given, advantage, params, means) in enumerate(seen):
-    n = packed.num_rows
-    found |= {f'{i}/tokens': packed.traj.tokens[:n], f'{i}/rewards': given.terms['em'][:n], f'{i}/advantage': advantage[:n],
-              f'{i}/trained': means['cost/trained_tokens'], f'{i}/loss': means['update/loss'],
-              **{f'{i}/params{k}': v for k, v in params.items()}}
-  np.savez(out, **found)
+
+def terminate(nth: int) -> None:
+  """Has this process send itself SIGTERM at the beginning of the n-th growth of a forest."""
+  from rlsearch.rollout import grow as grow_lib
+  make_grow, calls = grow_lib.make_grow, []
+
+  def made(*args):
+    grow = make_grow(*args)
+    def growing(*args):
+      calls.append(None)
+      if len(calls) == nth:
+        os.kill(os.getpid(), signal.SIGTERM)
+      return grow(*args)
+    return growing
+  grow_lib.make_grow = made
+
+
+def main(argv: list[str]) -> None:
+  """Trains as the trainer does, with the reward `parity`."""
+  import jax
+  from rlsearch import rewards, train
+  rewards.exact_match = parity
+  seen, folder = [], os.environ.get('SEEN', '')
+  if folder:
+    spy(seen)
+  plan = pathlib.Path(os.environ.get('TERM_PLAN', os.devnull))
+  if '--process_id=1' in sys.argv and (numbers := plan.read_text().split()):
+    plan.write_text('\n'.join(numbers[1:]))
+    terminate(int(numbers[0]))
+  try:
+    train.main(argv)
+  finally:
+    if folder:
+      np.savez(f'{folder}/{jax.process_index()}.npz', **{f'{i}/{k}': v for i, entry in enumerate(seen) for k, v in entry.items()})
 
 
 if __name__ == '__main__':
-  sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-  main(*sys.argv[1:])
+  from absl import app
+  from rlsearch import train as trainer
+  app.run(main, flags_parser=trainer.parse_flags)
