@@ -1,0 +1,313 @@
+"""The planner as a whole: on virtual CPUs with a tiny model, and on TPU slices that are not there."""
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import numpy as np
+import pytest
+
+from rlsearch import parallel, settings, update as update_lib
+from rlsearch.plan import (compiling, fit, planning, report, resident, roofline, sampler as sampler_lib, topology,
+                           trainer)
+from rlsearch.plan.roofline import Assumptions
+from rlsearch.rollout.pack import Bucket
+import small_config
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def stage(**entries):
+  """The plain config of the tests' method, entries ('a.b') changed."""
+  config = small_config.get_config()
+  for path, value in entries.items():
+    config.update_from_flattened_dict({path: value}) if '.' in path else config.update({path: value})
+  return list(settings.stages(settings.plain(config)).values())[-1]
+
+
+def run(*arguments, seconds=280):
+  """Runs the planner as a program."""
+  environment = {k: v for k, v in os.environ.items() if k not in ('JAX_PLATFORMS', 'JAX_COMPILATION_CACHE_DIR')}
+  return subprocess.run([sys.executable, '-m', 'rlsearch.plan', *arguments], cwd=ROOT, text=True, timeout=seconds,
+                        env={**environment, 'PYTHONPATH': str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.fixture(scope='module')
+def made():
+  """A plan of the update on eight virtual CPUs, rows, weights and heads divided."""
+  config = {**stage(), 'mesh': {'data': 2, 'fsdp': 2, 'tensor': 2}, 'label': 'small'}
+  return planning.make(config, topology.get('cpu:8'), Bucket(8, 120), ('snapshot', 'update'), Assumptions())
+
+
+class TestTopology:
+
+  def test_a_gpu_is_planned_on_virtual_cpus_and_says_so(self):
+    found = topology.get('gpu:8xH100')
+    assert (found.platform, found.ahead, len(found.devices), found.chip.name) == ('gpu', False, 8, 'H100 80GB SXM')
+    assert found.label == '8 virtual CPU devices in place of 8 x H100 80GB SXM'
+    assert [len(h) for h in found.hosts] == [8]
+
+  def test_too_few_virtual_devices_is_an_error(self):
+    with pytest.raises(ValueError, match='wants 512 virtual CPUs, JAX started with 8'):
+      topology.get('cpu:512')
+
+  def test_without_libtpu_an_error_says_what_to_install(self, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'libtpu', None)
+    with pytest.raises(ValueError, match=r"pip install 'rlsearch\[tpu\]'"):
+      topology.get('v5e:4x4')
+
+
+class TestMake:
+
+  def test_phases_and_programs(self, made):
+    assert [p.name for p in made.phases] == ['hand-over', 'snapshot', 'update']
+    assert [[c.name for c in p.programs] for p in made.phases] == [[], ['snapshot'], ['accumulate', 'apply']]
+    assert made.fits and not made.complaints and not made.advice and not made.replicas
+
+  @pytest.mark.slow
+  def test_the_resident_set_is_what_a_real_state_takes(self, made):
+    t = trainer.make(stage(), parallel.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2}))
+    state = update_lib.init(t.model, settings.optimizers(stage(), t.model), 0, t.shard)
+    here = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state))
+    items = {i.name: i.bytes for i in made.phases[1].items}
+    said = sum(n for name, n in items.items() if name.startswith(('weights', 'moments', 'frozen')))
+    assert 0 <= here - said <= 4                                         # the number of the step
+
+  def test_two_copies_of_the_policy_lie_there_while_it_is_handed_over(self, made):
+    first, snapshot = (p.items for p in made.phases[:2])
+    assert [i.name for i in first if i not in snapshot] == ['sampler copy, stacked'] and first[-1].bytes == dict(
+        (i.name, i.bytes) for i in first)['sampler copy']
+
+  def test_arguments_are_those_that_the_compiler_counts(self, made):
+    update = made.phases[2]
+    items = {i.name: i.bytes for i in update.items}
+    accumulate = update.programs[0]
+    assert accumulate.arguments <= sum(items[n] for n in ('weights, policy', 'gradients')) + update.inputs + 1024
+    assert accumulate.arguments > items['weights, policy'] + items['gradients']
+
+  def test_totals_add_up(self, made):
+    for p in made.phases:
+      largest = max((c.temporaries + max(0, c.outputs - c.aliased) + c.code for c in p.programs), default=0)
+      assert p.total == sum(i.bytes for i in p.items) + p.inputs + largest
+
+  def test_weights_are_gathered_over_fsdp_and_rows_stay(self, made):
+    kinds = {c.kind for c in made.phases[2].programs[0].collectives}
+    assert {'all-gather', 'all-reduce'} <= kinds
+    assert any(c.times > 1 for c in made.phases[2].programs[0].collectives)       # micro-batches or chunks: a loop
+
+  def test_a_mesh_that_does_not_fit_the_devices_is_an_error(self):
+    with pytest.raises(ValueError, match='config.mesh'):
+      planning.make({**stage(), 'mesh': {'fsdp': 3}}, topology.get('cpu:8'), Bucket(8, 120), (), Assumptions())
+
+  def test_a_policy_of_somebody_else_s_is_refused(self):
+    config = stage()
+    config['model'] = {**config['model'], 'modules': {'policy': {'make': 'mine.py:policy'}}}
+    with pytest.raises(ValueError, match='config.model.modules.policy'):
+      planning.make(config, topology.get('cpu:8'), Bucket(8, 120), (), Assumptions())
+
+  def test_what_would_fit_is_said_where_it_does_not(self, made):
+    t = trainer.make(stage(), parallel.make_mesh({'data': 8}))
+    small_one = made.topology._replace(chip=made.topology.chip._replace(hbm_bytes=1 << 18))
+    phase = made.phases[2]._replace(limit=1 << 18)
+    assert not phase.fits
+    (line,) = planning.advice(t, None, [phase], Bucket(8, 120), 8, small_one)
+    assert 'config.mesh' in line and 'microbatch_rows' in line
+    enough = made.topology._replace(chip=made.topology.chip._replace(hbm_bytes=1 << 24))
+    assert 'fsdp=' in planning.advice(t, None, [phase], Bucket(8, 120), 8, enough)[0]
+
+
+  def test_a_smaller_pool_is_said_where_that_is_enough(self, made):
+    t, s = TestSampler().sampler()
+    pool = resident.Item('keys and values, 400 pages of 64 tokens', 400 * s.page_bytes)
+    beside = made.phases[2].beside
+    phase = made.phases[2]._replace(items=[pool], limit=beside + 250 * s.page_bytes + 1)
+    assert 'at most 250 in place of 400' in planning._pool_advice(s, [phase])[0]
+    assert planning._pool_advice(s, [phase._replace(limit=beside + s.page_bytes)]) == []
+
+
+class TestReport:
+
+  def test_text_has_every_part(self, made):
+    said = report.text(made)
+    for part in ('small on cpu:8', 'data=2,fsdp=2,tensor=2', 'weights, policy', 'moments, policy', 'frozen, reference',
+                 'gradients', 'together', 'fits', 'accumulate: compiled in', 'all-gather:', 'peak', 'rollout', 'update',
+                 'MFU', 'chip-hours', 'FLOP of the model', 'retrieval 0.15 s', 'no involuntary full rematerialization',
+                 'no large matrix is replicated'):
+      assert part in said, part
+    assert max(map(len, said.splitlines())) < 320
+
+  def test_warnings(self, made):
+    replica = resident.Replica('policy.k', 205 << 20, 'tensor', 4, 'tensor does not divide kv_heads=3')
+    update = made.phases[2]
+    noisy = update._replace(programs=[update.programs[0]._replace(complaints=('%x = f32[4] (step): a to b',))])
+    said = report.text(made._replace(replicas=[replica], phases=[noisy]))
+    assert 'WARNING: policy.k: 205.0 MiB' not in said and 'WARNING: policy.k: 0.20 GiB on each device, 4 times' in said
+    assert 'WARNING: involuntary full rematerialization: accumulate: %x = f32[4]' in said
+
+  def test_json_holds_the_same(self, made):
+    held = json.loads(json.dumps(report.data(made)))
+    assert held['fits'] and held['phases']['update']['bytes'] == made.phases[2].total
+    assert held['phases']['update']['programs'][0]['collectives'][0]['kind'] == 'all-gather'
+
+
+class TestSampler:
+
+  def sampler(self):
+    t = trainer.make(stage(), parallel.make_mesh({'data': 8}))
+    stops = t.method.protocol.stops
+    return t, sampler_lib.make(t.model.config, stage()['engine'], stops, {'data': -1}, jax.devices()[:2])
+
+  def test_sizes(self):
+    t, s = self.sampler()
+    assert (s.shards, s.rows) == (2, 8)
+    assert sampler_lib.weight_bytes(s) == sum(x.size * 4 for x in jax.tree.leaves(t.state.trainable['policy']))
+    pages = sampler_lib.num_pages(s, 1 << 30, 'tpu')
+    left = 0.8 * (1 << 30) - sampler_lib.working_bytes(s)
+    assert pages * s.page_bytes <= left < (pages + 1) * s.page_bytes
+    assert sampler_lib.num_pages(s, 1 << 10, 'tpu') == 0
+
+  def test_lowers_prefill_and_decode(self):
+    t, s = self.sampler()
+    found = sampler_lib.lowered(s, 20, sampler_lib.Ids(t.model.config.num_tokens, 0))
+    assert list(found) == ['prefill', 'decode'] and 'stablehlo' in found['prefill']().as_text()
+
+  def test_tensor_ways_that_would_fit(self):
+    _, s = self.sampler()
+    found = dict(fit.sampler(s, 2, 1 << 40))
+    assert list(found) == [1, 2] and found[1] >= 2 * sampler_lib.weight_bytes(s)      # two heads, two devices
+    assert fit.sampler(s, 2, max(found.values()) - 1) == [(n, b) for n, b in found.items() if b < max(found.values())]
+    assert fit.sampler(s, 2, 1000) == []
+
+  def test_another_engine_has_no_programs_of_ours(self):
+    assert sampler_lib.make(None, {'name': 'simple'}, ('x',), {}, ()) is None
+
+  def test_rollout_by_hand(self):
+    t, s = self.sampler()
+    chip = topology.chips.Chip('c', 1 << 34, 1e15, 1e6, 1e9, 0, 4)       # slow memory
+    w = roofline.Work(questions=4, branches=4, sampled=1280., prefilled=0., distinct=0., rows=16)
+    a = Assumptions(prompt=20, turns=2, action=20, observation=10, retrieval_seconds=1e-6, compute=1., memory=1.,
+                    links=1.)
+    found = roofline.rollout(s, chip, 2, w, a, 1000)
+    kv = 2 * 2 * 1 * 16 * 4                                             # of a token: 2 layers, 1 head of 16, float32
+    read = 1000 + 8 * (20 + 30) * kv
+    assert found.bound == 'memory' and found.step_seconds == read / 1e6
+    assert found.seconds == pytest.approx(1280 / 2 / 8 * read / 1e6)      # each shard 640 tokens, 8 a step
+    slow = roofline.rollout(s, chip, 2, w, a._replace(retrieval_seconds=1e3), 1000)
+    assert slow.bound == 'searches' and slow.seconds == pytest.approx(2e3, rel=1e-2)
+
+
+class TestCompiling:
+
+  def test_catches_what_cpp_writes_and_passes_the_rest_on(self, capfd):
+    with compiling.standard_error() as read:
+      os.write(2, b'W1126 18:47:11.69 4737 spmd_partitioner.cc:656] [SPMD] Involuntary full rematerialization. x\n')
+      os.write(2, b'a word\n')
+      assert 'Involuntary' in read() and 'a word' in read()
+    assert capfd.readouterr().err == 'a word\n'
+
+  def test_complaints_name_the_operation_once(self):
+    old, new = '{devices=[8,2,1]<=[16]}', '{devices=[1,16,1]<=[16]}'
+    line = ('W1126 18:47:11.69 4737 spmd_partitioner.cc:656] [SPMD] Involuntary full rematerialization. The compiler '
+            f'cannot go from sharding {old} to {new} efficiently for HLO operation %reshape.0 = f32[1,4,128]{{2,1,0}} '
+            f'reshape(%sin.0), sharding={old}, metadata={{op_name="jit(h)/reshape"}}.')
+    (said,) = compiling.complaints(f'{line}\n{line}\nanother line')
+    assert said == f'%reshape.0 = f32[1,4,128]{{2,1,0}} (jit(h)/reshape): {old} to {new}'
+
+  def test_a_real_complaint_of_the_compiler(self):
+    mesh = Mesh(np.asarray(jax.devices()).reshape(4, 2), ('a', 'b'))
+    at = lambda *axes: NamedSharding(mesh, P(*axes))
+    def turn(x):
+      x = jnp.sin(jax.lax.with_sharding_constraint(x, at(('a', 'b'), None, None)))
+      return jax.lax.with_sharding_constraint(x * 2, at(None, 'b', 'a'))
+    found = compiling.run('turn', lambda: jax.jit(turn).lower(jax.ShapeDtypeStruct((64, 64, 64), jnp.float32)), 8)
+    assert len(found.complaints) == 1 and 'f32[' in found.complaints[0], found
+
+  def test_collectives_of_virtual_cpus_where_the_text_cannot_be_read(self, monkeypatch):
+    mesh = Mesh(np.asarray(jax.devices()), ('a',))
+    total = jax.jit(jnp.sum, in_shardings=NamedSharding(mesh, P('a')), out_shardings=NamedSharding(mesh, P()))
+    lower = lambda: total.lower(jax.ShapeDtypeStruct((64,), jnp.float32))
+    read = compiling.hlo.collectives
+    texts = []
+    def first_fails(text, num):
+      texts.append(text)
+      if len(texts) == 1:
+        raise ValueError('async-update')
+      return read(text, num)
+    monkeypatch.setattr(compiling.hlo, 'collectives', first_fails)
+    found = compiling.run('sum', lower, 8, instead=lower)
+    assert found.read_from == '8 virtual CPU devices' and [c.kind for c in found.collectives] == ['all-reduce']
+
+  @pytest.mark.parametrize('error, wanted', [
+      ('RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (298.12G) exceeds '
+       'available HBM (95.74G).', 'does not fit: wants 298.12 GiB of 95.74 GiB'),
+      ('RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 26.81G of 15.75G hbm. Exceeded',
+       'does not fit: wants 26.81 GiB of 15.75 GiB'), ('INTERNAL: something\nelse', 'INTERNAL: something')])
+  def test_why(self, error, wanted):
+    assert compiling._why(error) == wanted
+
+  def test_progress_speaks_while_it_waits(self):
+    said = []
+    with compiling.progress('accumulate', said.append, every=0.02):
+      time.sleep(0.1)
+    assert said and re.fullmatch(r'accumulate: compiling for \d+ s', said[0])
+
+
+class TestProgram:
+
+  @pytest.mark.slow
+  def test_prints_a_plan_and_a_file(self, tmp_path):
+    ran = run('--config=tests/small_config.py', '--topology=cpu:4', '--mesh=fsdp=4', '--phases=update',
+              f'--json={tmp_path}/p.json')
+    assert ran.returncode == 0, ran.stderr
+    assert 'search_r1_grpo on cpu:4: 4 x CPU' in ran.stdout and 'update: accumulate' in ran.stderr
+    assert json.loads((tmp_path / 'p.json').read_text())['mesh'] == {'fsdp': 4}
+
+  def test_errors_are_one_line(self):
+    ran = run('--config=tests/small_config.py', '--topology=v7:4')
+    assert ran.returncode == 1
+    assert ran.stderr.splitlines()[-1].startswith('error: --topology=v7:4: no such topology; known: v5p')
+
+
+def tpu(*arguments):
+  """A plan for a slice, its JSON."""
+  pytest.importorskip('libtpu')
+  ran = run(*arguments, '--json=-', '--rows=64', '--length=4096', '--phases=update', seconds=900)
+  assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
+  return json.loads(ran.stdout)
+
+
+@pytest.mark.slow
+class TestTpu:
+  """Two of the compilations of benchmarks/plan_compile.py."""
+
+  def test_slices(self):
+    pytest.importorskip('libtpu')
+    ran = run('--config=tests/small_config.py', '--topology=2*v5e:2x2', '--mesh=slice=2,fsdp=2,tensor=2', '--json=-')
+    assert ran.returncode == 0, ran.stderr
+    plan = json.loads(ran.stdout)
+    assert plan['compiled_for'] == '8 x TPU v5e, ahead of time' and plan['rematerializations'] == []
+    assert [c['failed'] for p in plan['phases'].values() for c in p['programs']] == [''] * 5
+
+  @pytest.mark.parametrize('arguments', [
+      ['--config=configs/search_r1_grpo.py:qwen2_5_3b', '--topology=v5e:4x4', '--mesh=fsdp=16',
+       '--sampler_mesh=data=2,tensor=2', '--config.engine.rows=40', '--config.engine.num_pages=3500',
+       '--config.updates.microbatch_rows=16'],
+      ['--config=configs/search_r1_grpo.py:qwen2_5_7b', '--topology=v5p:4x4x4', '--mesh=fsdp=16,tensor=4']])
+  def test_update_fits_and_is_sharded(self, arguments):
+    plan = tpu(*arguments)
+    accumulate, apply = plan['phases']['update']['programs']
+    assert plan['fits'] and plan['rematerializations'] == [] and plan['replicated'] == []
+    assert accumulate['cpu_seconds'] < 2 * 180                          # three minutes of two cores
+    assert 0 < accumulate['peak'] <= accumulate['total'] and not apply['failed']
+    kinds = {c['kind']: c for c in accumulate['collectives']}
+    assert kinds['all-gather']['known'] and kinds['all-gather']['runs'] > 100
+    # Weights are gathered, not activations added up: that took 8 GiB for each of 19 chunks of the vocabulary.
+    assert sum(c['sent'] for c in kinds.values()) < 250e9 and max(c['bytes'] for c in accumulate['most']) < 1e9
