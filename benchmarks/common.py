@@ -194,7 +194,7 @@ def model_config(args: argparse.Namespace):
   """The shape as ours; the last id pads the table, as it stands for the end that is never drawn."""
   from rlsearch.models.config import ModelConfig
   shape = {**SHAPE, **args.shape}
-  return ModelConfig(**{'remat': False, 'dtype': 'float32', 'num_tokens': shape['vocab_size'] - 1, **shape})
+  return ModelConfig(**{'remat': 'none', 'dtype': 'float32', 'num_tokens': shape['vocab_size'] - 1, **shape})
 
 
 def tokenizer(vocab_size: int):

@@ -96,7 +96,7 @@ def programs_of(shape, way, layout: str, most: int):
   from rlsearch.objectives import clipped_surrogate
   from rlsearch.settings import Update
   from rlsearch.types import Credit, Schedule
-  model = models.make(ModelConfig(**shape, rope_base=1e4, remat=False, dtype='float32', vocab_chunk=1024))
+  model = models.make(ModelConfig(**shape, rope_base=1e4, remat='none', dtype='float32', vocab_chunk=1024))
   groups = {name: optim.sgd(specs, clip_norm=1.0) for name, specs in model.trainable.items()}
   mesh = parallel.make_mesh({}, jax.devices()[:1])
   shard = update.shardings(model, groups, mesh)
