@@ -5,8 +5,13 @@ METHOD  = search_r1_grpo
 WORKDIR = runs/demo
 PYTHON  =
 
+WORKERS = 2
+# One release of torch, of which a build for CPUs alone can be put where pip looks; another: make test-slow TORCH=...
+TORCH   = torch==2.13.0
+
 RUN   = .venv/bin/python
 STAMP = .venv/.installed
+SLOW  = .venv/.slow
 
 .PHONY: demo test test-slow clean
 
@@ -16,15 +21,20 @@ demo: $(STAMP)
 	@printf 'report: '; $(RUN) -m rlsearch.report --workdir=$(WORKDIR)
 
 test: $(STAMP)
-	$(RUN) -m pytest -m 'not slow'
+	$(RUN) -m pytest -m 'not slow' -n $(WORKERS) --dist loadfile
 
-test-slow: $(STAMP)
+# The second tier is not spread: it trains, kills processes and compiles for TPUs, and wants the cores.
+test-slow: $(STAMP) $(SLOW)
 	$(RUN) -m pytest -m slow
 
 # Runs stay.
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache
 	find rlsearch configs tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(SLOW): $(STAMP)
+	$(RUN) -m pip install --quiet --disable-pip-version-check '$(TORCH)' --editable '.[dev,slow]'
+	touch $@
 
 $(STAMP): setup.py pyproject.toml
 	@begun=$$(date +%s); found=; \

@@ -20,7 +20,6 @@ REQUIRES = [
     'numpy>=2.0.0',
     'optax>=0.2.6',
     'orbax-checkpoint>=0.12.0',
-    'safetensors>=0.5.0',
     'scipy>=1.15.0',
     'sentencepiece>=0.2.1',
     'tensorboardX>=2.6.4',
@@ -31,10 +30,13 @@ REQUIRES = [
 EXTRAS = {
     'tpu': ['jax[tpu]>=0.10.0', 'etils[epath-gcs]>=1.14.0'],
     'gpu': ['jax[cuda12]>=0.10.0'],
-    'hf': ['jinja2>=3.1.0'],
+    'gcs': ['etils[epath-gcs]>=1.14.0'],
+    'hf': ['jinja2>=3.1.6'],
     'parquet': ['pyarrow>=18.0.0'],
-    'dev': ['pytest>=8.3.0', 'pyarrow>=18.0.0', 'nbformat>=5.10.0', 'nbclient>=0.10.0', 'ipykernel>=6.29.0',
-            'packaging>=24.0', 'setuptools>=65.0.0'],
+    'dev': ['fsspec>=2024.6.0', 'pytest>=8.3.0', 'pytest-xdist>=3.6.0', 'jinja2>=3.1.6', 'pyarrow>=18.0.0', 'nbformat>=5.10.0', 'nbclient>=0.10.0',
+            'ipykernel>=6.29.0', 'packaging>=24.0', 'pyyaml>=6.0', 'safetensors>=0.5.0', 'setuptools>=65.0.0'],
+    # The second tier of tests: parity with transformers and PEFT, programs compiled for TPUs.
+    'slow': ['jax[tpu]>=0.10.0', 'peft>=0.17.0', 'torch>=2.8.0', 'transformers>=5.0.0'],
 }
 
 setup(

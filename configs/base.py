@@ -20,10 +20,10 @@ def get_config():
   c.seed = 0
   c.steps = 1
   c.stages = {}
-  c.mesh = dict(data=1, fsdp=-1, tensor=1)
+  c.mesh = dict(slice=1, data=1, fsdp=-1, sequence=1, expert=1, tensor=1)
   c.sampler_mesh = dict(data=-1, tensor=1)                    # of each host's own devices
-  c.model = dict(variant='tiny', shape={}, tokenizer=dict(vocab_size=1000), init='normal', lora={}, critic='none',
-                 reference=True, reward='none')
+  c.model = dict(variant='tiny', path='', shape=dict(dtype='', remat='', attention='', vocab_chunk=0), tokenizer=dict(vocab_size=1000), init='normal', lora={}, critic='none',
+                 reference=True, reward='none', modules={})
   c.data = dict(questions_per_step=1, first_position=0, source=dict(name='files', corpus_path='', train='', validation='', test='',
                                                   format=None, seed=-1))
   c.retriever = dict(name='bm25', topk=3)
@@ -48,8 +48,8 @@ def get_config():
   return c
 
 
-def _qwen(variant):
-  """Scale of a Qwen2.5 checkpoint; its files are named on the command line."""
+def _language_model(variant):
+  """Scale of a published checkpoint; --config.model.path names its folder, whose tokenizer is taken too."""
   return dict(
       model=dict(variant=variant, tokenizer=dict(path='')),
       retriever=ConfigDict(dict(name='http', url='http://127.0.0.1:8000/retrieve', topk=3)),
@@ -111,8 +111,9 @@ SCALES = {
         updates=dict(minibatches=2, microbatch_rows=8),
         evals=dict(every=0, num=0, final_num=0),
         checkpoint=dict(every=5)),
-    'qwen2_5_3b': _qwen('qwen2_5_3b'),
-    'qwen2_5_7b': _qwen('qwen2_5_7b'),
+    **{name: _language_model(name) for name in (
+        'checkpoint', 'qwen2_5_0_5b', 'qwen2_5_1_5b', 'qwen2_5_3b', 'qwen2_5_7b', 'qwen2_5_14b', 'qwen3_0_6b', 'qwen3_1_7b',
+        'qwen3_4b', 'qwen3_8b', 'qwen3_30b_a3b', 'llama3_2_1b', 'llama3_2_3b', 'llama3_1_8b', 'gemma3_1b', 'gemma3_4b')},
 }
 
 

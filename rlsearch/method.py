@@ -52,6 +52,24 @@ def call(path: str, factory: Any, entries: Mapping[str, Any], *args: Any) -> Any
   return factory(*args, **entries)
 
 
+def protocol(config: Mapping[str, Any], **changed: Any) -> Protocol:
+  """Returns the protocol of a config; a chat that names no template has that of config.model.tokenizer.path.
+
+  Args:
+    config: resolved config of one stage.
+    **changed: entries in place of its own.
+
+  Raises:
+    ValueError: an impossible entry.
+  """
+  entry = config['protocol']
+  if isinstance(entry, Mapping):
+    entry = {**entry, **changed}
+    if entry.get('chat') is not None and not entry['chat'].get('template'):
+      entry['chat'] = {**entry['chat'], 'template': config['model']['tokenizer'].get('path') or config['model']['path']}
+  return resolve('protocol', protocols, entry)
+
+
 def build(config: Mapping[str, Any], groups: tuple[str, ...]) -> Method:
   """Returns the six functions of a config (a plain nested mapping).
 
@@ -69,8 +87,8 @@ def build(config: Mapping[str, Any], groups: tuple[str, ...]) -> Method:
 
   credit = joined(combine, assign)
   step_fn = lambda path, spec: resolve(path, schedules, spec)
-  return Method(resolve('protocol', protocols, config['protocol']), resolve('sampling', sampling, config['sampling']),
-                terms, credit, resolve('objective', objectives, config['objective']),
+  return Method(protocol(config), resolve('sampling', sampling, config['sampling']), terms,
+                credit, resolve('objective', objectives, config['objective']),
                 schedules.make(config['schedule'], groups, tuple(terms), step_fn))
 
 

@@ -11,7 +11,8 @@ import numpy as np
 
 from rlsearch import logs, optim, parallel, update
 from rlsearch.method import Method
-from rlsearch.models import params as params_lib
+from rlsearch.models import assembly, params as params_lib
+from rlsearch.models.config import ModelConfig
 from rlsearch.models.model import Model
 from rlsearch.rollout import layout as layout_lib, pack as pack_lib
 from rlsearch.rollout.pack import Bucket, Packed
@@ -23,6 +24,8 @@ from rlsearch.update import Block, Shardings, Sums
 class Programs(NamedTuple):
   """What is compiled once per stage (accumulate and snapshot: once per declared bucket)."""
   policy: Callable[[TrainState], Params]
+  sampler: Callable[[TrainState], Params]                        # the policy in the dtype that a sampler computes in
+  fresh: bool                                                    # the sampler's arrays are not the state's own
   snapshot: Callable[[TrainState, Layout, Any], tuple] | None   # None: the sampler's log-probabilities serve
   credit: Callable[[Trajectories, Rewards, Snapshot], Credit]
   zeros: Callable[[], Sums]
@@ -35,20 +38,26 @@ class Programs(NamedTuple):
 
 
 def make_programs(model: Model, method: Method, tx: Mapping[str, optim.Group], shard: Shardings, mesh: Mesh,
-                  options: Update) -> Programs:
+                  options: Update, length: int = 4) -> Programs:
   """Returns the jitted functions of a stage, each with its shardings said."""
-  metrics = _metric_names(model, method)
+  metrics = _metric_names(model, method, parallel.whole_rows(options.microbatch_rows, mesh), length)
   sums = update.sums_shardings(shard, metrics)
   whole, microbatch = shard.rows, parallel.whole_rows(options.microbatch_rows, mesh)
   needs_forward = options.old_logp == 'trainer' or model.reference is not None or model.critic is not None
-  adapted = 'base' in model.frozen
-  policy = lambda s: model.policy(s.trainable, s.frozen)
-  policy = jax.jit(policy) if adapted else policy
+  policy = sampler = lambda s: model.policy(s.trainable, s.frozen)
+  trunk = assembly.policy_specs(model)
+  where = params_lib.shardings(trunk, mesh)
+  if 'base' in model.frozen:
+    policy = sampler = jax.jit(policy, out_shardings=where)
+  dtype = model.config.dtype if isinstance(model.config, ModelConfig) else 'float32'      # a brought module's own
+  if dtype != 'float32':
+    sampler = jax.jit(lambda s: params_lib.cast(trunk, model.policy(s.trainable, s.frozen), dtype),
+                      out_shardings=where)
   # On several CPU devices, programs with collectives that pile up can starve one another of threads until XLA
   # aborts the process; one at a time they cannot.
   several_cpus = mesh.devices.size > 1 and mesh.devices.flat[0].platform == 'cpu'
   return Programs(
-      policy=policy,
+      policy=policy, sampler=sampler, fresh='base' in model.frozen or dtype != 'float32',
       snapshot=jax.jit(update.snapshot(model, options.old_logp == 'trainer'), in_shardings=(shard.state, whole, shard.replicated),
                        out_shardings=whole) if needs_forward else None,
       credit=jax.jit(method.credit, out_shardings=whole),
@@ -62,12 +71,12 @@ def make_programs(model: Model, method: Method, tx: Mapping[str, optim.Group], s
       settle=jax.block_until_ready if several_cpus else lambda x: x)
 
 
-def _metric_names(model: Model, method: Method) -> Mapping[str, Any]:
-  """The metrics of an objective, found by tracing it on one row."""
+def _metric_names(model: Model, method: Method, rows: int, length: int) -> Mapping[str, Any]:
+  """The metrics of an objective, found by tracing it on rows as long as a bucket's."""
   shapes = lambda tables: jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), dict(tables),
                                        is_leaf=params_lib.is_param)
-  traj = pack_lib.empty(1, 4, 1)
-  zero = np.zeros((1, 4), np.float32)
+  traj = pack_lib.empty(rows, length, 1)
+  zero = np.zeros((rows, length), np.float32)
   block = Block(traj, pack_lib.identity_layout(traj), Credit(zero, zero), Snapshot(zero, zero, zero))
   hypers = {name: jnp.float32(1) for name in method.schedule.hypers(0, method.schedule.init())}
   loss = update.losses(model, method.objective)

@@ -14,9 +14,10 @@ from rlsearch.data import tokenizer as tokenizer_lib
 from rlsearch.data.tokenizer import Tokenizer
 from rlsearch.envs import environments, judge as judges, retrieval
 from rlsearch.envs.environments import Environment
-from rlsearch.engines import scoring
-from rlsearch.models import heads, params as params_lib
+from rlsearch.engines import scoring, uncached
+from rlsearch.models import assembly, heads, kernels, params as params_lib
 from rlsearch.models.config import ModelConfig
+from rlsearch.models.modules import Module
 from rlsearch.protocols.search_r1 import TAGS
 from rlsearch.types import Engine
 
@@ -75,16 +76,17 @@ def judge(entry: Mapping[str, Any], seed: int) -> outside.Service | None:
   raise ValueError(f'config.judge={dict(entry)}: known names: http, none, oracle; none has no other entry')
 
 
-def tokenizer(entry: Mapping[str, Any], env: Environment, workdir: epath.Path) -> Tokenizer:
+def tokenizer(entry: Mapping[str, Any], env: Environment, workdir: epath.Path, model_path: str = '') -> Tokenizer:
   """Returns the tokenizer: read from a path, or trained on the environment's text and kept in the workdir.
 
   Raises:
     ValueError: an unknown entry, or a broken file.
   """
-  if set(entry) == {'path'}:
-    return tokenizer_lib.load(entry['path'])
+  if 'path' in entry and set(entry) <= {'path', 'eos', 'pad'}:
+    return tokenizer_lib.load(**{**entry, 'path': entry['path'] or model_path})
   if set(entry) != {'vocab_size'}:
-    raise ValueError(f'config.model.tokenizer={dict(entry)}: wants path (a tokenizer.json or *.model) or vocab_size '
+    raise ValueError(f'config.model.tokenizer={dict(entry)}: wants path (a checkpoint folder, a '
+                     'tokenizer.json or a *.model), with eos and pad where its own are others, or vocab_size '
                      '(train one on the corpus)')
   path = workdir / 'tokenizer.model'
   if path.exists():
@@ -97,13 +99,34 @@ def tokenizer(entry: Mapping[str, Any], env: Environment, workdir: epath.Path) -
   return tok
 
 
+def tokenizer_of(config: Mapping[str, Any], env: Environment, workdir: epath.Path) -> Tokenizer:
+  """Returns the tokenizer of a stage's config; see `tokenizer`."""
+  return tokenizer(config['model']['tokenizer'], env, workdir, config['model']['path'])
+
+
 def shared(config: Mapping[str, Any], env: Environment, workdir: epath.Path) -> Shared:
   """Returns what the stages of a run have in common, made from the first stage's config."""
   services = {'search': retriever(config['retriever'], env), 'judge': judge(config['judge'], config['seed'])}
-  return Shared(tokenizer(config['model']['tokenizer'], env, workdir), {k: v for k, v in services.items() if v is not None})
+  tok = tokenizer_of(config, env, workdir)
+  return Shared(tok, {k: v for k, v in services.items() if v is not None})
 
 
-def own(config: Mapping[str, Any], engine: Engine, tok: Tokenizer, model: ModelConfig, workdir: epath.Path, mesh: Mesh
+def sampler_mesh(config: Mapping[str, Any], model: ModelConfig | Module) -> Mesh:
+  """Returns the sampler's mesh: this host's devices over data and tensor.
+
+  Raises:
+    ValueError: another axis, sizes that are not its devices', or heads that it does not divide.
+  """
+  for axis in config['sampler_mesh']:
+    if axis not in ('data', 'tensor'):
+      raise ValueError(f'config.sampler_mesh.{axis}: unknown axis; known: data, tensor')
+  mesh = parallel.make_mesh(config['sampler_mesh'], jax.local_devices(), 'config.sampler_mesh')
+  if isinstance(model, ModelConfig):
+    kernels.check_heads(model, mesh, 'config.sampler_mesh')
+  return mesh
+
+
+def own(config: Mapping[str, Any], engine: Engine, tok: Tokenizer, model: ModelConfig | Module, workdir: epath.Path, mesh: Mesh
         ) -> dict[str, outside.Service]:
   """Returns the services that run on this process's own devices: 'logprob', and 'reward_module' where a stage made one.
 
@@ -129,9 +152,13 @@ def own(config: Mapping[str, Any], engine: Engine, tok: Tokenizer, model: ModelC
                      key=lambda f: int(f.name.split('-')[1]))                 # a kill leaves others half-written
     if not folders:
       raise ValueError(f'config.reward_module.stage={stage!r}: {workdir / stage} has no reward-<steps> yet')
-    specs = {'head': heads.reward_head_specs(model), 'trunk': params_lib.transformer_specs(model)}
+    brought = assembly.module_of(config['model'], 'reward', tok.vocab_size)
+    if not brought and isinstance(model, Module):
+      raise ValueError('config.model.modules: a reward module beside config.model.modules.policy wants '
+                       'config.model.modules.reward')
+    specs = brought.specs if brought else {'head': heads.reward_head_specs(model), 'trunk': params_lib.transformer_specs(model)}
     everywhere = jax.tree.map(lambda p: parallel.replicated(mesh), specs, is_leaf=params_lib.is_param)
     module = checkpoint.load_params(folders[-1], everywhere, specs)
-    read = scoring.reader(scoring.last_score(model), mesh, entry['rows'], entry['contexts'])
+    read = scoring.reader(uncached.last_score(brought) if brought else scoring.last_score(model), mesh, entry['rows'], entry['contexts'])
     found['reward_module'] = outside.score_service(lambda paths, own: read(module, paths, own))
   return found

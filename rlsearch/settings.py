@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from rlsearch import method as method_lib, optim, outside, parallel, services
 from rlsearch.evaluate import MODES, Evals
 from rlsearch.envs import environments
-from rlsearch.models import model as models
+from rlsearch.models import assembly
 from rlsearch.models.model import Model
 from rlsearch.rollout import layout as layout_lib, pack as pack_lib
 from rlsearch.rollout.pack import Bucket
@@ -23,7 +23,7 @@ SECTIONS = {
     'credit': 'credit', 'objective': 'objectives', 'schedule': 'schedules', 'optimizer': 'optim',
     'updates': 'settings.Update', 'train_roles': 'rollout.pack', 'evals': 'evaluate.Evals',
     'checkpoint': 'settings.Checkpoint', 'tensorboard': 'train', 'max_failed_share': 'train'}
-MODEL_ENTRIES = ('variant', 'shape', 'tokenizer', 'init', 'lora', 'critic', 'reference', 'reward')
+MODEL_ENTRIES = ('variant', 'path', 'shape', 'tokenizer', 'init', 'lora', 'critic', 'reference', 'reward', 'modules')
 
 
 class Update(NamedTuple):
@@ -81,7 +81,7 @@ def section(path: str, kind: type, entries: Mapping[str, Any]) -> Any:
 
 
 # Slots and the like: a stage that says one of them says it whole.  Of the other sections it says what differs.
-WHOLE = ('protocol', 'sampling', 'rewards', 'combine', 'credit', 'objective', 'schedule', 'optimizer', 'train_roles', 'lora')
+WHOLE = ('protocol', 'sampling', 'rewards', 'combine', 'credit', 'objective', 'schedule', 'optimizer', 'train_roles', 'lora', 'modules')
 
 
 def lay(over: Mapping[str, Any], config: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def stages(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
   for name, stage in found.items():
     try:
       check(stage)
-      model = models.get(stage['model'], 1)       # what only a factory knows fails here too, not some stages later
+      model = assembly.get(stage['model'], 1)      # what only a factory knows fails here too, not some stages later
       optimizers(stage, model)
       before = dict(list(found.items())[:list(found).index(name)])
       check_tools(stage, method_lib.build(stage, tuple(model.trainable)), before)
@@ -142,7 +142,7 @@ def check_tools(stage: Mapping[str, Any], method: method_lib.Method, known: Mapp
   if source and known.get(source, {}).get('model', {}).get('reward') != 'trained':
     raise ValueError(f'config.reward_module.stage={source!r}: wants an earlier stage with config.model.reward=trained; '
                      f'those before are {sorted(known)}')
-  for entry in ('variant', 'shape') if source else ():
+  for entry in ('variant', 'path', 'shape', 'modules') if source else ():
     if known[source]['model'][entry] != stage['model'][entry]:
       raise ValueError(f'config.model.{entry}={stage["model"][entry]!r}: the reward module of stage {source!r} has '
                        f'{known[source]["model"][entry]!r}; wants the same')
@@ -225,7 +225,16 @@ def check(config: Mapping[str, Any]) -> None:
   keep = section('checkpoint', Checkpoint, config['checkpoint'])
   if keep.keep < 1 or keep.every < 0:
     raise ValueError(f'config.checkpoint={dict(config["checkpoint"])}: wants keep >= 1 and every >= 0')
+  _check_engine(config)
   method_lib.check(config)
+
+
+def _check_engine(config: Mapping[str, Any]) -> None:
+  """Raises ValueError for an engine that cannot sample the policy."""
+  brought = sorted(config['model']['modules'])
+  if ('policy' in brought) != (config['engine'].get('name') == 'reprefill'):
+    raise ValueError(f'config.engine.name={config["engine"].get("name")!r}, config.model.modules={brought}: the engine '
+                     'reprefill samples config.model.modules.policy, and no other does')
 
 
 def lengths(config: Mapping[str, Any], mesh: Mesh) -> tuple[Length, tuple[Bucket, ...]]:
@@ -244,6 +253,9 @@ def lengths(config: Mapping[str, Any], mesh: Mesh) -> tuple[Length, tuple[Bucket
   pack_lib.check_buckets(buckets, config['updates']['microbatch_rows'])
   whole = parallel.whole_rows(config['updates']['microbatch_rows'], mesh)
   buckets = tuple(b._replace(rows=-(-b.rows // whole) * whole) for b in buckets)
+  ways = mesh.shape['sequence']
+  if bad := [b.length for b in buckets if b.length % ways]:
+    raise ValueError(f'config.mesh.sequence={ways}: does not divide the lengths {bad} of config.length.buckets')
   if max(b.length for b in buckets) < length.total:
     raise ValueError(f'config.length.total={length.total}: no bucket is that long; buckets={list(map(tuple, buckets))}')
   engine = config['engine']

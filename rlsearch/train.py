@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 from ml_collections import config_flags
 
-from rlsearch import (checkpoint, engines, evaluate as evaluate_lib, logs, method as method_lib, outside, parallel,
-                      runs, services, settings, update)
+from rlsearch import (checkpoint, engines, evaluate as evaluate_lib, hosts as hosts_lib, job, logs,
+                      method as method_lib, outside, parallel, profiling, runs, services, settings, update, weights)
 from rlsearch.checkpoint import Run
 from rlsearch.evaluate import Evals
-from rlsearch.models import model as models, params as params_lib
+from rlsearch.models import assembly, params as params_lib
 from rlsearch.programs import assert_one_trace_a_bucket, make_programs, update_step, used_rows
 from rlsearch.rollout import ahead, grow as grow_lib, pack as pack_lib, render as render_lib, score as score_lib
 from rlsearch.rollout import trees as trees_lib
@@ -37,7 +37,7 @@ class Stage(NamedTuple):
 
 
 def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: epath.Path | None, shared: Shared,
-          stop: Stop) -> Stage:
+          stop: Stop, around: runs.Around = runs.Around()) -> Stage:
   """Runs one stage to its last step, or until `stop`.
 
   Args:
@@ -47,6 +47,7 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
     start_from: policy that the stage before left; None for initial values.
     shared: tokenizer and services, which all stages have in common.
     stop: asked between steps, and while sampling.
+    around: the job's hosts, whom to tell the phase, which steps to trace.
 
   Raises:
     ValueError: an impossible config, or a run that has more steps already.
@@ -56,23 +57,26 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
   begun   = time.monotonic()
   seed    = config['seed']
   mesh    = parallel.make_mesh(config['mesh'])
-  model   = models.get(config['model'], shared.tok.vocab_size)
+  parallel.check_hosts(mesh)
+  hosts_lib.open_collectives(around.hosts, mesh)
+  model   = assembly.get(config['model'], shared.tok.vocab_size, mesh)
   tx      = settings.optimizers(config, model)
   method  = method_lib.build(config, tuple(model.trainable))
   shard   = update.shardings(model, tx, mesh)
   length, buckets = settings.lengths(config, mesh)
-  program = make_programs(model, method, tx, shard, mesh, settings.section('updates', settings.Update, config['updates']))
+  program = make_programs(model, method, tx, shard, mesh, settings.section('updates', settings.Update, config['updates']),
+                          buckets[0].length)
 
   saved   = checkpoint.open_folder(folder / 'checkpoints', config['checkpoint']['keep'])
-  trunk   = params_lib.transformer_specs(model.config)
-  policy  = None if start_from is None else checkpoint.load_params(start_from, params_lib.shardings(trunk, mesh), trunk)
-  run     = Run(update.init(model, tx, seed, shard, policy), method.schedule.init(), config['data']['first_position'])
+  trunk   = assembly.policy_specs(model)
+  state   = weights.first_state(config['model'], model, tx, seed, shard, start_from, shared.tok.vocab_size)
+  run     = Run(state, method.schedule.init(), config['data']['first_position'])
   run     = run if saved.latest() is None else saved.restore(run)
   first   = int(run.state.step)
   if first > config['steps']:
     raise ValueError(f'stage {name!r}: steps={config["steps"]}, but {folder} holds a run of {first} steps')
 
-  sampler = parallel.make_mesh(config['sampler_mesh'], jax.local_devices(), 'config.sampler_mesh')
+  sampler = services.sampler_mesh(config, model.config)
   to_sampler = lambda params: parallel.to_local(params, params_lib.shardings(trunk, sampler))
   engine  = method_lib.resolve('engine', engines, config['engine'], model, shared.tok, method.protocol.stops, sampler)
   own     = services.own(config, engine, shared.tok, model.config, folder.parent, sampler)
@@ -80,11 +84,13 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
   render  = render_lib.Render(method.protocol, shared.tok, length, config['retriever']['topk'])
   env     = services.environment(config)
   render_lib.check_prompts(render, env.train, env.splits)
+  hosts_lib.agree(around.hosts, f'{name}: data', runs.data_items(env, shared.tok), 1800.0)   # reading and importing lie before it
   grow    = grow_lib.make_grow(method.sampling, method.rewards, env.train, render, engine, tools)
   evals   = settings.section('evals', Evals, config['evals'])
   writer  = logs.writer(folder, name, first, config['tensorboard'])
   bar     = logs.progress(name, config['steps'], first)
-  clock   = logs.clock(('sync', 'eval', 'rollout', 'score', 'pack', 'update', 'checkpoint'))
+  clock   = logs.clock(('sync', 'eval', 'rollout', 'score', 'pack', 'update', 'checkpoint'), around.phase)
+  traced  = profiling.tracer(folder.parent / 'profile', around.profile, bar.say)
   evaluate = evaluate_lib.make_evaluation(evals, shared.tok, env.splits, render, engine, tools, seed, config['steps'],
                                           writer, bar.say)
 
@@ -105,12 +111,13 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
   beside   = program.options.off_policy_steps > 0             # the next step's rollout runs beside this one's update
 
   for step in range(first, config['steps']):
+    traced(step)
     with clock.part('rollout'):
       rollouts.wait()                                         # until then the engine keeps the parameters it has
     with clock.part('sync'):
-      params = to_sampler(program.policy(run.state))
       # Beside an update the sampler wants a copy: an update gives the memory of its parameters away.
-      engine.set_params(jax.block_until_ready(jax.tree.map(jnp.copy, params)) if beside else params, step)
+      copied = lambda params: jax.block_until_ready(jax.tree.map(jnp.copy, params)) if beside else params
+      engine.set_params(copied(to_sampler(program.sampler(run.state))), step, beside or program.fresh)
     with clock.part('eval'):
       evaluate(step, stop)
       held_out = engine.counts()                              # apart: training is compared by its own costs
@@ -139,6 +146,8 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
 
     # Device: rewards -> credit -> objective -> update.
     with clock.part('update'):
+      if not beside:
+        engine.set_params(None, step)                         # its copy's memory is the update's, and then the next copy's
       state, advantage, sums = update_step(program, run.state, packed, rewards, buckets, hypers, (seed, step))
 
     run = Run(state.replace(step=state.step + 1), run.memory, position)
@@ -162,12 +171,15 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
         saved.save(run)
     bar.update(step + 1, logs.key_numbers(summary))
 
+  traced(-1)
   finished = int(run.state.step) == config['steps']
+  around.phase('last checkpoint')
   saved.save(run)
   saved.wait()
   assert_one_trace_a_bucket(program, buckets)
   if finished:
-    engine.set_params(to_sampler(program.policy(run.state)), config['steps'])
+    engine.set_params(to_sampler(program.sampler(run.state)), config['steps'], program.fresh)
+    around.phase('last evaluation')
     evaluate(config['steps'], stop)
     finished = not parallel.any_host(stop())                  # else the evaluation may be cut short
   if finished:
@@ -183,12 +195,14 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
   return Stage(finished, time.monotonic() - begun)
 
 
-def run_stages(config: Any, workdir: epath.Path, overwrite: bool, until: str = '') -> bool:
+def run_stages(config: Any, workdir: epath.Path, overwrite: bool, until: str = '', around: runs.Around = runs.Around(),
+               profile_steps: str = '') -> bool:
   """Runs every stage that is not finished yet, up to and with `until`; returns whether all of those are.
 
   Raises:
-    ValueError: an impossible config, or no stage of that name; and what `train` raises.
+    ValueError: an impossible config, hosts that differ, or no stage of that name; and what `train` raises.
   """
+  hosts_lib.agree(around.hosts, 'start', runs.start_items(settings.plain(config), until))
   plain = settings.plain(config)
   stages = settings.stages(plain)
   for stage in stages.values():                               # a bad bucket of the last one fails now, not then
@@ -196,26 +210,41 @@ def run_stages(config: Any, workdir: epath.Path, overwrite: bool, until: str = '
   names = list(stages)
   if until and until not in names:
     raise ValueError(f'--until={until}: no such stage; known: {names}')
-  release = checkpoint.lock(workdir)
-  stop = runs.stop_on_signals(lambda text: print(text, flush=True))
-  runs.claim(workdir, {'name': names[-1], 'stages': stages}, overwrite)
-  shared = services.shared(stages[names[0]], services.environment(stages[names[0]]), workdir)
+  traced = profiling.steps_of(profile_steps, stages[names[-1]]['steps'])
+  release = hosts_lib.first(around.hosts, 'lock', lambda: checkpoint.lock(workdir))
+  try:
+    return _run_stages(stages, workdir, overwrite, until, around, traced)
+  finally:
+    release()
+
+
+def _run_stages(stages, workdir, overwrite, until, around, traced) -> bool:
+  """What `run_stages` does while it holds the folder."""
+  names, seed = list(stages), stages[list(stages)[-1]]['seed']
+  stop = runs.ticking(runs.stop_on_signals(lambda text: print(text, flush=True)), around.tick)
+  hosts_lib.first(around.hosts, 'claim', lambda: runs.claim(workdir, {'name': names[-1], 'stages': stages}, overwrite))
+  hosts_lib.agree(around.hosts, 'workdir', {'--workdir': runs.whose(workdir)})
+  env = services.environment(stages[names[0]])
+  # One host trains and writes the tokenizer, the others read it; then all index their passages at the same time.
+  hosts_lib.first(around.hosts, 'tokenizer', lambda: services.tokenizer_of(stages[names[0]], env, workdir))
+  shared = services.shared(stages[names[0]], env, workdir)
   start_from, ran = None, False
   for name in names:
     folder = workdir / name
     left = folder / f'policy-{stages[name]["steps"]}'
-    if not left.exists():
-      ended, ran = train(stages[name], name, folder, start_from, shared, stop), True
+    if not checkpoint.is_whole(left):
+      own = around._replace(profile=traced if name == names[-1] else range(0))
+      ended, ran = train(stages[name], name, folder, start_from, shared, stop, own), True
       runs.add_seconds(workdir, name, ended.seconds)
       if not ended.finished:
         return False
     start_from = left
     if name == until and name != names[-1]:
       print(f'{name} is finished; --until={until} leaves {names[names.index(name) + 1:]} undone')
-      release()
       return True
-  print(runs.table(runs.summarize(workdir, names, plain['seed'], ran)))
-  release()
+  summary = runs.summarize(workdir, names, seed, ran)
+  if not around.hosts.index:
+    print(runs.table(summary))
   return True
 
 
@@ -223,11 +252,12 @@ _CONFIG = config_flags.DEFINE_config_file('config', None, 'Method and scale: FIL
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run; the same command continues what it holds.')
 _OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Delete a run of another config that the workdir holds.')
 _UNTIL = flags.DEFINE_string('until', '', 'End after this stage, for example cold_start; the same command without it goes on.')
+_PROFILE_STEPS = flags.DEFINE_string('profile_steps', '', 'FIRST:END of the last stage to trace into WORKDIR/profile.')
 _CPU_DEVICES = flags.DEFINE_integer('cpu_devices', 0, 'Virtual CPU devices; 0 leaves it to JAX.', lower_bound=0)
 
 
 def main(argv: list[str]) -> None:
-  """Reads the flags, runs the stages; exit code 0 when finished, 3 when stopped, 1 with a message on an error."""
+  """Reads the flags, runs the stages; ends with the exit codes of `job.run`."""
   if len(argv) > 1:
     raise app.UsageError(f'unknown argument {argv[1]!r}; entries of the config are --config.a.b=value')
   if not flags.FLAGS['verbosity'].present:
@@ -236,11 +266,8 @@ def main(argv: list[str]) -> None:
     jax.config.update('jax_num_cpu_devices', _CPU_DEVICES.value)
   runs.use_compilation_cache()
   runs.keep_freed_memory()
-  try:
-    finished = run_stages(_CONFIG.value, epath.Path(_WORKDIR.value), _OVERWRITE.value, _UNTIL.value)
-  except (ValueError, RuntimeError, FloatingPointError) as error:
-    raise SystemExit(f'error: {error}') from error
-  raise SystemExit(0 if finished else 3)
+  job.run(lambda around: run_stages(_CONFIG.value, epath.Path(_WORKDIR.value), _OVERWRITE.value, _UNTIL.value, around,
+                                    _PROFILE_STEPS.value))
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -248,7 +275,10 @@ def parse_flags(argv: list[str]) -> list[str]:
   try:
     return app.parse_flags_with_usage(argv)
   except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-    raise SystemExit(f'error: {error}') from error
+    said = str(error).strip('"\'')
+    missing = isinstance(error, (AttributeError, KeyError)) and said.isidentifier()         # all that it says is a name
+    raise SystemExit(f'error: the config has no entry {said!r}; configs/base.py and the method\'s file have all there are'
+                     if missing else f'error: {error}') from error
 
 
 if __name__ == '__main__':

@@ -168,7 +168,7 @@ class Engine(NamedTuple):
   submit: Callable[[Sequence[Request]], None]
   poll: Callable[[], Sequence[tuple[Request, Turn]]]           # decodes on and returns what finished; at once when idle
   release: Callable[[Sequence[Key]], None]                     # nothing will continue these nodes
-  set_params: Callable[[Params, int], None]                    # new policy version; older cache becomes unreachable
+  set_params: Callable[[Params | None, int, bool], None]       # a new version (None: none is held); True: the arrays are given up
   logprob: Callable[[Sequence[Ids], Sequence[Ids]], np.ndarray]  # mean log p(target | prefix), f32[n]
   counts: Callable[[], Mapping[str, int]]                      # tokens generated, prefilled, padded, scored since then
 
@@ -262,12 +262,12 @@ class Layout:
 
 class Protocol(NamedTuple):
   """Slot 1: text to text, on the host."""
-  prompts: Callable[[Question], tuple[str, ...]]               # one per prompt variant; one for most
+  prompts: Callable[[Question], tuple[Any, ...]]               # str or data.chat.Parts, one per prompt variant; one for most
   openers: Mapping[str, str]                                   # forced beginnings, '' of every turn
   stops: tuple[str, ...]                                       # end of a turn
   max_turns: int                                               # Search-R1: searches + 1
   parse: Callable[[str], Action]                               # of the agent's own text only
-  observe: Callable[[Action, Sequence[Passage], int], str]     # int: turns left
+  observe: Callable[[Action, Sequence[Passage], int], Any]     # likewise, and int: turns left; a plain str is untrusted
 
 
 class SamplingPlan(NamedTuple):

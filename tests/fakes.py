@@ -101,7 +101,7 @@ def engine(say: Callable, rng: np.random.Generator | None = None, log: list | No
       logps = np.where(role == POLICY, -(number(r.uid) % 97) / 97, 0).astype(np.float32)
       out.append((r, Turn(all_ids, logps, role, 3, tokenizer().decode(all_ids), stopped)))
     return out
-  return Engine(submit, poll, released.update, lambda params, version: None, None, lambda: {})
+  return Engine(submit, poll, released.update, lambda params, version, own=False: None, None, lambda: {})
 
 
 def tools(answer: Callable, rng: np.random.Generator | None = None, log: list | None = None) -> Tools:

@@ -107,12 +107,14 @@ class Run:
         found = engine.poll()
         busy.difference_update(request.uid for request, _ in found)
         return found
-      def set_params(params, version):
+      def set_params(params, version, own=False):
         assert not busy, 'new parameters while something is sampled'
+        if params is None:
+          return engine.set_params(None, version)
         self.taken_away += [version for x in jax.tree.leaves(self.given) if x.is_deleted()]
         self.versions.append(version)
         self.given = params
-        engine.set_params(params, version)
+        return engine.set_params(params, version)             # not given up: we look whether an update took them
       return engine._replace(submit=submit, poll=poll, set_params=set_params)
     with mock.patch.object(engines, name, watched):
       self.steps = updates(config, RL, epath.Path(folder) / RL, shared)

@@ -12,11 +12,12 @@ import pytest
 
 from configs import base
 from rlsearch import method as method_lib, methods, parallel, settings
-from rlsearch.models import model as models
+from rlsearch.models import assembly
 
 REPO = pathlib.Path(__file__).parents[1]
 METHODS = [m.name for m in methods.methods()]
-EVERY = [(name, scale) for name in METHODS for scale in base.SCALES]
+# The other checkpoints' scales differ from these in the variant alone; TestScales builds them once.
+EVERY = [(name, scale) for name in METHODS for scale in ('embedded', 'files', 'qwen2_5_3b', 'qwen2_5_7b', 'gemma3_1b')]
 
 
 def config(name, scale):
@@ -30,6 +31,19 @@ def train(*args):
                         timeout=60)
 
 
+class TestScales:
+
+  @pytest.mark.parametrize('scale', sorted(set(base.SCALES) - {'checkpoint'}))
+  def test_builds(self, scale):
+    (stage,) = list(settings.stages(config('search_r1_grpo', scale)).values())[-1:]
+    assert stage['model']['variant'] == ('tiny' if scale in ('embedded', 'files') else scale)
+    assert assembly.get(stage['model'], 1000).trainable
+
+  def test_a_checkpoint_wants_its_folder(self):
+    with pytest.raises(ValueError, match=r"config\.model\.path: missing; variant='checkpoint'"):
+      settings.stages(config('search_r1_grpo', 'checkpoint'))
+
+
 @pytest.mark.parametrize('name, scale', EVERY)
 class TestEveryScale:
 
@@ -40,7 +54,7 @@ class TestEveryScale:
 
   def test_builds(self, name, scale):
     for stage in settings.stages(config(name, scale)).values():
-      model = models.get(stage['model'], 1000)
+      model = assembly.get(stage['model'], 1000)
       built = method_lib.build(stage, tuple(model.trainable))
       assert built.protocol.max_turns == stage['protocol']['max_searches'] + 1
       assert {f'lr/{group}' for group in model.trainable} <= set(built.schedule.hypers(0, built.schedule.init()))

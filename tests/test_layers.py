@@ -17,14 +17,16 @@ REPO = pathlib.Path(__file__).parents[1]
 SLOTS = ('protocols', 'sampling', 'rewards', 'credit', 'objectives', 'schedules')
 # By the name behind 'rlsearch.', in fnmatch patterns; the name of a package stands for all that is in it.
 LAYERS = (
-    ('types', 'masked', 'parallel'),
+    ('types', 'masked', 'parallel', 'hosts', 'rollcall', 'heartbeat', 'redact'),
     ('data', 'models', 'envs'),
     ('engines', 'outside*', *SLOTS),
     ('rollout', 'update', 'optim'),
-    ('method', 'checkpoint', 'evaluate', 'logs', 'services', 'settings', 'programs', 'runs'),
+    ('method', 'checkpoint', 'evaluate', 'logs', 'services', 'settings', 'programs', 'runs',
+     'weights', 'profiling', 'job'),
     ('train', 'report*', 'watch', 'ask', 'methods', 'plan', 'index', 'serve_retriever', 'export', 'doctor'))
 # What a slot may import beyond layer 0 and its own package.
-SLOT_EXCEPTIONS = {('rewards', 'rlsearch.data.normalize'), ('rewards', 'rlsearch.data.text'), ('protocols', 'rlsearch.data.text')}
+SLOT_EXCEPTIONS = {('rewards', 'rlsearch.data.normalize'), ('rewards', 'rlsearch.data.text'), ('protocols', 'rlsearch.data.text'),
+                   ('protocols', 'rlsearch.data.chat')}
 
 MAX_FILE, MAX_FUNCTION, MAX_CONFIG = 300, 60, 40
 # Functions (module, name) that may be longer, and why.  An entry that is no longer needed fails too.

@@ -74,7 +74,7 @@ class TestBuild:
     np.testing.assert_array_equal(jax.grad(total)(jnp.float32([[1], [0]])), 0)
 
   @pytest.mark.parametrize('path, value, message', [
-      ('protocol.name', 'react', r"config.protocol.name='react'; known: ['search_r1']"),
+      ('protocol.name', 'html', "config.protocol.name='html'; known: ['chat_tools', 'react', 'search_r1']"),
       ('sampling.name', 'tree', "config.sampling.name='tree'; known: ['demonstrations', 'independent', 'shared_prefix']"),
       ('rewards.em.name', 'bleu', f"config.rewards.em.name='bleu'; known: {sorted(rewards.__all__)}"),
       ('combine.name', 'product', "config.combine.name='product'; known: ['threshold', 'weighted_sum']"),
@@ -88,7 +88,7 @@ class TestBuild:
       ('credit.normalize_std', None, 'config.credit (group_relative).normalize_std: missing'),
       ('sampling.num_samples', None, 'config.sampling (independent).num_samples: missing'),
       ('objective.aggregate', None, 'config.objective (clipped_surrogate).aggregate: missing'),
-      ('protocol', 'search_r1', "config.protocol='search_r1': wants an entry with a name; known: ['search_r1']"),
+      ('protocol', 'search_r1', "config.protocol='search_r1': wants an entry with a name; known: ['chat_tools', "),
       ('combine', {}, "config.combine={}: wants an entry with a name; known: ['threshold', 'weighted_sum']"),
       ('protocol.max_searches', -1, 'config.protocol.max_searches=-1'),
       ('objective.aggregate', 'rows', "config.objective.aggregate='rows'; known: ['sequence', 'step_mean', 'step_sum', 'token']"),

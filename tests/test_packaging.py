@@ -19,9 +19,10 @@ import rlsearch
 
 REPO = pathlib.Path(__file__).parents[1]
 # Where the name of an import is not that of its distribution.
-DISTRIBUTIONS = {'absl': 'absl-py', 'orbax': 'orbax-checkpoint', 'ml_collections': 'ml-collections'}
+DISTRIBUTIONS = {'absl': 'absl-py', 'orbax': 'orbax-checkpoint', 'ml_collections': 'ml-collections', 'yaml': 'pyyaml', 'jaxlib': 'jax'}
 # Imported where they are used, by those who have them.
-OPTIONAL = {'pyarrow': 'parquet'}
+OPTIONAL = {'pyarrow': 'parquet', 'jinja2': 'hf'}
+BROUGHT = {'libtpu'}                              # by the extra `tpu`, through jax
 
 
 @pytest.fixture(scope='module')
@@ -44,7 +45,7 @@ def imported(*folders):
       names = ([a.name for a in node.names] if isinstance(node, ast.Import)
                else [node.module] if isinstance(node, ast.ImportFrom) else [])
       found |= {name.split('.')[0] for name in names}
-  own = {'rlsearch', 'configs', 'experiments'} | {p.stem for p in (REPO / 'tests').glob('*.py')}
+  own = {'rlsearch', 'configs', 'experiments'} | {p.stem for folder in ('tests', 'launch', 'benchmarks') for p in (REPO / folder).glob('*.py')}
   return found - own - sys.stdlib_module_names - {'__future__'}
 
 
@@ -77,12 +78,12 @@ class TestSetup:
 
   def test_what_is_imported_is_required(self, package):
     optional = {name for extra in OPTIONAL.values() for name in names(package['extras_require'][extra])}
-    assert {distribution(n) for n in imported('rlsearch', 'configs')} <= names(package['install_requires']) | optional
+    assert {distribution(n) for n in imported('rlsearch', 'configs')} <= names(package['install_requires']) | optional | BROUGHT
     assert optional.isdisjoint(names(package['install_requires']))
 
   def test_what_tests_import_is_in_dev(self, package):
-    wanted = names(package['install_requires']) | names(package['extras_require']['dev'])
-    assert {distribution(n) for n in imported('tests')} - wanted == set()
+    wanted = names(package['install_requires']) | names(package['extras_require']['dev']) | names(package['extras_require']['slow'])
+    assert {distribution(n) for n in imported('tests')} - wanted - BROUGHT == set()
 
   def test_every_requirement_has_a_lower_bound_and_no_other(self, package):
     everything = [*package['install_requires'], *(r for extra in package['extras_require'].values() for r in extra)]
@@ -95,8 +96,9 @@ class TestSetup:
       assert requirement.specifier.contains(importlib.metadata.version(requirement.name)), requirement
 
   def test_neither_torch_nor_libtpu(self, package):
-    used = {n.lower() for n in imported('rlsearch', 'configs', 'tests')} | names(package['install_requires'])
-    assert used.isdisjoint({'torch', 'transformers', 'libtpu', 'tensorflow'})
+    asked = names(package['install_requires']) | names(package['extras_require']['dev'])
+    assert asked.isdisjoint({'torch', 'transformers', 'libtpu', 'tensorflow'})
+    assert {n.lower() for n in imported('rlsearch', 'configs')}.isdisjoint({'torch', 'transformers', 'tensorflow'})
 
   def test_installed_files_work_from_elsewhere(self, tmp_path):
     source, library, elsewhere = tmp_path / 'source', tmp_path / 'library', tmp_path / 'elsewhere'
@@ -126,7 +128,7 @@ class TestMakefile:
     assert '--config=configs/search_r1_grpo.py --config.seed=0 --workdir=runs/demo' in make('-n', 'demo').stdout
 
   def test_tiers(self):
-    assert "-m pytest -m 'not slow'" in make('-n', 'test').stdout
+    assert "-m pytest -m 'not slow' -n 2" in make('-n', 'test').stdout
     assert '-m pytest -m slow' in make('-n', 'test-slow').stdout
 
   @pytest.mark.parametrize('python', ['false', 'no-such-python'])
@@ -193,7 +195,7 @@ class TestReadme:
       parent = folders.get(indent - 2, '') if indent else ''
       folders[indent] = parent + name
       found.add(parent + name)
-    files = {str(p.relative_to(REPO)) for folder in ('rlsearch', 'configs') for p in (REPO / folder).rglob('*.py')
+    files = {str(p.relative_to(REPO)) for folder in ('rlsearch', 'configs', 'launch') for p in (REPO / folder).rglob('*.py')
              if p.name != '__init__.py'}
     assert {name for name in found if name.endswith('.py') and '/' in name} == files
 

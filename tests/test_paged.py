@@ -1,6 +1,7 @@
 """The paged engine: the simple one's tokens, bit for bit on any schedule; every token computed once; no page lost."""
 from __future__ import annotations
 
+from functools import partial
 import itertools
 import sys
 
@@ -372,7 +373,7 @@ class TestPrograms:
 
   def test_a_pool_is_written_in_place(self):
     config = MODEL.config
-    params = jax.jit(lambda p: paged_model.unstack(config, p))(small.weights(config))
+    params = paged_model.unstack(config, jax.jit(partial(paged_model.slices, config)), small.weights(config))
     pool = paged_model.empty_pool(config, 5000, 4, 8)
     zeros = lambda *shape: np.zeros(shape, np.int32)
     chunk = paged_model.Chunk(zeros(2, 4), zeros(2), zeros(2), zeros(2, 4), zeros(2, 2), zeros(2, 2), zeros(2))
@@ -385,7 +386,7 @@ class TestPrograms:
     widths, rows = (16,), 16
     plan = memory.plan(config, one_device(), num_pages=600, page_tokens=16, rows=rows, members=1, widths=widths,
                        own_width=2, share=0.8)
-    params = jax.jit(lambda p: paged_model.unstack(config, p))(small.weights(config))
+    params = paged_model.unstack(config, jax.jit(partial(paged_model.slices, config)), small.weights(config))
     pool = paged_model.empty_pool(config, plan.num_pages, 16, plan.num_rows)
     assert sum(x.nbytes for x in jax.tree.leaves(pool)) == plan.pool_bytes
     zeros = lambda *shape: np.zeros(shape, np.int32)

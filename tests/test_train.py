@@ -61,7 +61,7 @@ def speaking(say):
       waiting.clear()
       return out
     counts = lambda: {'generated_tokens': 0, 'prefilled_tokens': 0}
-    return Engine(waiting.extend, poll, lambda keys: None, lambda params, version: None, None, counts)
+    return Engine(waiting.extend, poll, lambda keys: None, lambda params, version, own=False: None, None, counts)
   return simple
 
 

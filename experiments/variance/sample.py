@@ -17,7 +17,7 @@ import numpy as np
 from configs import slate
 from experiments.variance import branches, scores as scores_lib
 from experiments.variance.branches import Sizes
-from rlsearch import (engines, method as method_lib, outside, parallel, protocols, rewards as reward_terms, services,
+from rlsearch import (engines, method as method_lib, outside, parallel, rewards as reward_terms, services,
                       settings)
 from rlsearch.ask import agent as agents
 from rlsearch.data.questions import Source
@@ -95,7 +95,7 @@ def load(workdir: epath.Path, sizes: Sizes, split: str, directions: int, accurac
   mesh = parallel.make_mesh({}, jax.local_devices()[:1])
   model = models.get(config['model'], tok.vocab_size)
   params = agents.load_params(policy, model, mesh)
-  protocol = method_lib.resolve('protocol', protocols, config['protocol'])
+  protocol = method_lib.protocol(config)
   length, _ = settings.lengths(config, mesh)
   buckets = tuple(Bucket(16, n) for n in (72, 120, 160) if n < length.total) + (Bucket(16, length.total),)
   engine = method_lib.resolve('engine', engines, config['engine'], model, tok, protocol.stops, mesh)

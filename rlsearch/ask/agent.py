@@ -13,11 +13,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import sentencepiece
 
-from rlsearch import checkpoint, engines, method as method_lib, outside, parallel, protocols, services, settings
+from rlsearch import checkpoint, engines, method as method_lib, outside, parallel, services, settings
 from rlsearch.data.tokenizer import Tokenizer
 from rlsearch.envs import retrieval_wire
 from rlsearch.envs.environments import Environment
-from rlsearch.models import model as models, params as params_lib
+from rlsearch.models import assembly, params as params_lib
 from rlsearch.models.model import Model
 from rlsearch.rollout.render import Render
 from rlsearch.types import OK, REFUSED, Engine, Params, Tools
@@ -73,7 +73,7 @@ def newest(workdir: epath.Path, stages: Mapping[str, Mapping[str, Any]]) -> Poli
   for name in reversed(names):
     folder = workdir / name
     found = [re.fullmatch(r'policy-(\d+)', path.name) for path in (folder.iterdir() if folder.exists() else ())]
-    left = [int(match[1]) for match in found if match]                   # one that is half written has another name
+    left = [int(match[1]) for match in found if match and checkpoint.is_whole(folder / match[0])]                   # one that is half written has another name
     saved = ocp.utils.checkpoint_steps(folder / 'checkpoints') if (folder / 'checkpoints').exists() else []
     if not left and not saved:
       continue
@@ -97,13 +97,13 @@ def load_params(policy: Policy, model: Model, mesh: Mesh) -> Params:
   """
   try:
     if policy.left:
-      trunk = params_lib.transformer_specs(model.config)
+      trunk = assembly.policy_specs(model)
       return checkpoint.load_params(policy.folder, params_lib.shardings(trunk, mesh), trunk)
     specs = {'trainable': dict(model.trainable), 'frozen': dict(model.frozen)}
     example = {'state': jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, np.float32, sharding=s), specs,
                                      params_lib.shardings(specs, mesh), is_leaf=params_lib.is_param)}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-      state = reader.restore((policy.folder / 'default').absolute(), args=ocp.args.PyTreeRestore(
+      state = reader.restore(checkpoint.whole(policy.folder / 'default'), args=ocp.args.PyTreeRestore(
           example, ocp.checkpoint_utils.construct_restore_args(example), partial_restore=True))['state']
     return model.policy(state['trainable'], state['frozen'])
   except (ValueError, KeyError, TypeError, OSError) as error:
@@ -180,11 +180,11 @@ def _make(workdir: epath.Path, config: Mapping[str, Any], last: Mapping[str, Any
   entry, kept = config['model']['tokenizer'], workdir / 'tokenizer.model'
   if 'path' not in entry and not kept.exists():
     raise ValueError(f'{kept}: no such file; wants the tokenizer that the run trained')
-  tok = services.tokenizer(entry, env, workdir)
+  tok = services.tokenizer(entry, env, workdir, config['model']['path'])
   mesh = parallel.make_mesh({}, jax.local_devices()[:1])
-  model = models.get(config['model'], tok.vocab_size)
+  model = assembly.get(config['model'], tok.vocab_size)
   changed = {} if max_searches is None else {'max_searches': max_searches}
-  protocol = method_lib.resolve('protocol', protocols, {**config['protocol'], **changed})
+  protocol = method_lib.protocol(config, **changed)
   first = protocol._replace(prompts=lambda question: protocol.prompts(question)[:1])  # of several variants one answers
   render = Render(first, tok, settings.lengths(config, mesh)[0], config['retriever']['topk'])
   one_row = {k: 1 if k in ('rows', 'members', 'chunk_rows') else v for k, v in config['engine'].items()}

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from rlsearch.models import attention, config as model_config, copy_init, heads, lora, params as params_lib, transformer
+from rlsearch.models import copy_init, heads, hf_read, kernels, lora, params as params_lib, transformer, variants
 from rlsearch.models.config import ModelConfig
 from rlsearch.models.params import Specs
 from rlsearch.types import Layout, Params, PolicyOutputs
@@ -20,7 +21,7 @@ class Model(NamedTuple):
   """What the rest of the code sees of a model.
 
   Attributes:
-    config: shapes.
+    config: shapes of our own transformer; the models.modules.Module of a brought policy.
     trainable: tables of the groups that have an optimizer: 'policy', 'value', or 'reward' alone.
     frozen: tables of the groups that have none: 'base' under LoRA, 'reference', 'policy' beside a reward module.
     init: key -> (trainable, frozen).
@@ -49,22 +50,24 @@ def logical(layout: Layout, physical: jax.Array) -> jax.Array:
   return jnp.take_along_axis(physical, where, axis=1).reshape(layout.gather.shape)
 
 
-def hidden_states(config: ModelConfig, params: Params, layout: Layout) -> jax.Array:
+def hidden_states(config: ModelConfig, params: Params, layout: Layout, mesh: Mesh | None = None) -> jax.Array:
   """Returns the trunk's hidden states of the physical tokens, [P, S, D]."""
-  return transformer.forward(config, params, layout.tokens, layout.positions, attention.attend(layout.until))
+  return transformer.forward(config, params, layout.tokens, layout.positions, kernels.attend(config, layout, mesh), mesh)
 
 
 def make(config: ModelConfig, *, init: str = 'normal', lora_options: Mapping[str, Any] | None = None,
-         critic: str = 'none', reference: bool = False, reward: str = 'none') -> Model:
+         critic: str = 'none', reference: bool = False, reward: str = 'none', mesh: Mesh | None = None) -> Model:
   """Returns the functions of a policy, and of a critic, a reference and a reward module where asked for.
 
   Args:
     config: shapes.
     init: 'normal' or 'copy_heads'.
-    lora_options: rank, alpha and targets; then 'policy' is the adapters, and the frozen base is the reference.
+    lora_options: rank, alpha and targets; then 'policy' is the adapters, and the frozen base is the reference.  Its path,
+      a folder of PEFT to go on from, is read elsewhere.
     critic: 'none', 'shared' (a head on the policy's trunk) or 'separate' (a trunk of its own).
     reference: keep a frozen copy of the initial policy (of the base under LoRA: no copy).
     reward: 'trained' trains a reward module, a trunk with a scalar head, and the policy is frozen.
+    mesh: that the functions' arrays will lie on; None: one device, or as they lie.
 
   Raises:
     ValueError: an unknown choice, or a reward module beside what trains a policy.
@@ -80,9 +83,9 @@ def make(config: ModelConfig, *, init: str = 'normal', lora_options: Mapping[str
   table = params_lib.transformer_specs(config)
   options = dict(lora_options or {})
   if options:
-    unknown = set(options) - {'rank', 'alpha', 'targets'}
+    unknown = set(options) - {'rank', 'alpha', 'targets', 'path'}
     if unknown or 'rank' not in options or 'alpha' not in options:
-      raise ValueError(f'config.model.lora={options}: wants rank and alpha, and may have targets')
+      raise ValueError(f'config.model.lora={options}: wants rank and alpha, and may have targets and path')
   trainable: dict[str, Specs] = {'policy': table}
   frozen: dict[str, Specs] = {}
   if options:
@@ -134,33 +137,33 @@ def make(config: ModelConfig, *, init: str = 'normal', lora_options: Mapping[str
     return train, froze
 
   def values(train, layout, hidden):
-    trunk = hidden if critic == 'shared' else hidden_states(config, train['value']['trunk'], layout)
+    trunk = hidden if critic == 'shared' else hidden_states(config, train['value']['trunk'], layout, mesh)
     return logical(layout, heads.value(train['value']['head'], trunk, layout.previous))
 
   def stats(weights, hidden, layout, temperature=1.0):
-    found = heads.token_stats(config, weights, hidden, layout.tokens, temperature, layout.previous)
+    found = heads.token_stats(config, weights, hidden, layout.tokens, temperature, layout.previous, mesh)
     return tuple(logical(layout, x) for x in found)
 
   def outputs(train, froze, layout, temperature):
     weights = policy(train, froze)
-    hidden = hidden_states(config, weights, layout)
+    hidden = hidden_states(config, weights, layout, mesh)
     logp, entropy = stats(weights, hidden, layout, temperature)
     zero = jnp.zeros_like(logp)
     value = zero if critic == 'none' else values(train, layout, hidden)
     return PolicyOutputs(logp, entropy, value, module_scores(train['reward'], layout) if judges else zero)
 
   def module_scores(module, layout):
-    hidden = hidden_states(config, module['trunk'], layout)
+    hidden = hidden_states(config, module['trunk'], layout, mesh)
     plain, said = logical(layout, heads.read(module['head'], hidden)), stats(module['trunk'], hidden, layout)[0]
     return heads.path_scores(module['head'], plain, said, layout.own)
 
   def reference_logp(train, froze, layout, temperature):
     del train
     weights = froze['base' if options else 'reference']
-    return stats(weights, hidden_states(config, weights, layout), layout, temperature)[0]
+    return stats(weights, hidden_states(config, weights, layout, mesh), layout, temperature)[0]
 
   def critic_values(train, froze, layout):
-    hidden = hidden_states(config, policy(train, froze), layout) if critic == 'shared' else None
+    hidden = hidden_states(config, policy(train, froze), layout, mesh) if critic == 'shared' else None
     return values(train, layout, hidden)
 
   return Model(config, trainable, frozen, initial, start, policy, outputs,
@@ -168,22 +171,42 @@ def make(config: ModelConfig, *, init: str = 'normal', lora_options: Mapping[str
                ('reward',) if judges else ())
 
 
-def get(entry: Mapping[str, Any], vocab_size: int) -> Model:
-  """Returns the model of a config entry: variant, shape, init, lora, critic, reference, reward.
+def shape_of(entry: Mapping[str, Any], vocab_size: int) -> ModelConfig:
+  """Returns the shapes of a config entry: the variant's, or those of the checkpoint's folder, with `shape` laid over.
+
+  Args:
+    entry: config.model.
+    vocab_size: of the tokenizer.
+
+  Raises:
+    ValueError: an impossible entry, a folder that is not the variant, or a tokenizer that does not fit the table.
+  """
+  said = lambda name, value: value != '' and (name, value) != ('vocab_chunk', 0)              # else as the variant says
+  shape = {name: value for name, value in entry['shape'].items() if said(name, value)}
+  folder = entry['path']
+  if folder:
+    if entry['init'] != 'normal':
+      raise ValueError(f'config.model.init={entry["init"]!r}: config.model.path={folder} gives the values; wants normal')
+    config = variants.of_folder(entry['variant'], hf_read.config(folder), shape, folder)
+  else:
+    if 'vocab_size' not in {**variants.VARIANTS.get(entry['variant'], {}), **shape}:
+      shape['vocab_size'] = -(-vocab_size // 8) * 8
+    config = variants.resolve(entry['variant'], shape)
+  if config.vocab_size < vocab_size:
+    raise ValueError(f'config.model.shape.vocab_size={config.vocab_size}: the tokenizer has {vocab_size} tokens')
+  return dataclasses.replace(config, num_tokens=vocab_size)
+
+
+def get(entry: Mapping[str, Any], vocab_size: int, mesh: Mesh | None = None) -> Model:
+  """Returns the model of a config entry: variant, path, shape, init, lora, critic, reference, reward.
 
   Args:
     entry: config.model.
     vocab_size: of the tokenizer; the shape's own where it is larger (published tables are padded).
+    mesh: of the train state; None: to look at shapes, or on one device.
 
   Raises:
     ValueError: an impossible entry, or a tokenizer that does not fit the table.
   """
-  shape = dict(entry['shape'])
-  if 'vocab_size' not in {**model_config.VARIANTS.get(entry['variant'], {}), **shape}:
-    shape['vocab_size'] = -(-vocab_size // 8) * 8
-  config = model_config.resolve(entry['variant'], shape)
-  if config.vocab_size < vocab_size:
-    raise ValueError(f'config.model.shape.vocab_size={config.vocab_size}: the tokenizer has {vocab_size} tokens')
-  config = dataclasses.replace(config, num_tokens=vocab_size)
-  return make(config, init=entry['init'], lora_options=entry['lora'], critic=entry['critic'],
-              reference=entry['reference'], reward=entry['reward'])
+  return make(shape_of(entry, vocab_size), init=entry['init'], lora_options=entry['lora'], critic=entry['critic'],
+              reference=entry['reference'], reward=entry['reward'], mesh=mesh)

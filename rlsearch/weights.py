@@ -1,0 +1,66 @@
+"""Where a stage's first weights come from: the stage before, a checkpoint's folder, adapters; and back to a folder."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+import jax
+import numpy as np
+
+from rlsearch import checkpoint, optim, update
+from rlsearch.models import assembly, hf_read, lora, modules, params as params_lib, peft
+from rlsearch.models.model import Model
+from rlsearch.types import Params, TrainState
+from rlsearch.update import Shardings
+
+
+def first_state(entry: Mapping[str, Any], model: Model, optimizers: Mapping[str, optim.Group], seed: int,
+                shard: Shardings, start_from: epath.Path | None, vocab_size: int) -> TrainState:
+  """Returns the first state of a stage, sharded.
+
+  Args:
+    entry: config.model.
+    model, optimizers: of the stage.
+    seed: of what no file gives.
+    shard: where the state lies.
+    start_from: the policy that the stage before left; None: the first stage, which starts from config.model.path.
+    vocab_size: of the tokenizer.
+
+  Raises:
+    ValueError: a folder that does not fit the model, adapters for another one, or a brought critic or reward module that
+      reads what is hidden from it.
+  """
+  trunk = assembly.policy_specs(model)
+  policy = None
+  if start_from is not None:
+    policy = checkpoint.load_params(start_from, params_lib.shardings(trunk, shard.replicated.mesh), trunk)
+  elif entry['path']:
+    policy = hf_read.load(entry['path'], params_lib.shardings(trunk, shard.replicated.mesh), model.config)
+  state = update.init(model, optimizers, seed, shard, policy)
+  if entry['lora'].get('path') and start_from is None:
+    state = state.replace(trainable={**state.trainable, 'policy': adapters(entry, model, shard.state.trainable['policy'])})
+  for role in ('value', 'reward'):
+    brought = assembly.module_of(entry, role, vocab_size) if role in model.trainable else None
+    if brought:
+      modules.check_sees(role, brought, state.trainable[role])
+  return state
+
+
+def adapters(entry: Mapping[str, Any], model: Model, shardings: Params) -> Params:
+  """Returns the adapters of config.model.lora.path.
+
+  Raises:
+    ValueError: adapters of another base, rank, alpha or other targets than the config's.
+  """
+  said = entry['lora']
+  wanted = tuple(said.get('targets', lora.LINEAR))
+  found = peft.load(said['path'], model.config, base=entry['path'])
+  for name, theirs, ours in (('rank', found.rank, said['rank']), ('alpha', found.alpha, said['alpha']),
+                             ('targets', sorted(found.targets), sorted(wanted))):
+    if theirs != ours:
+      raise ValueError(f'config.model.lora.{name}={ours!r}: the adapter in {said["path"]} has {theirs!r}; wants the same')
+  for warning in found.warnings if jax.process_index() == 0 else ():
+    print(f'warning: {warning}', flush=True)
+  place = lambda x, s: jax.make_array_from_callback(x.shape, s, lambda index: x[index])
+  return jax.tree.map(lambda x, s: place(np.asarray(x), s), found.params, shardings)
