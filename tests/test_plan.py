@@ -82,9 +82,17 @@ class TestMake:
     assert 0 <= here - said <= 4                                         # the number of the step
 
   def test_two_copies_of_the_policy_lie_there_while_it_is_handed_over(self, made):
+    """And none while the trainer computes: the sampler gives its copy up."""
     first, snapshot = (p.items for p in made.phases[:2])
-    assert [i.name for i in first if i not in snapshot] == ['sampler copy, stacked'] and first[-1].bytes == dict(
-        (i.name, i.bytes) for i in first)['sampler copy']
+    assert [i.name for i in first if i not in snapshot] == ['sampler copy', 'sampler copy, stacked']
+    assert first[-1].bytes == dict((i.name, i.bytes) for i in first)['sampler copy']
+
+  def test_in_bfloat16_one_array_is_in_both_forms(self):
+    config = stage()
+    config['model'] = {**config['model'], 'shape': {**config['model']['shape'], 'dtype': 'bfloat16'}}
+    plan = planning.make(config, topology.get('cpu:8'), Bucket(8, 120), (), Assumptions())
+    items = {i.name: i.bytes for i in plan.phases[0].items}
+    assert 0 < items['largest array in both forms'] < items['sampler copy'] and 'sampler copy, stacked' not in items
 
   def test_arguments_are_those_that_the_compiler_counts(self, made):
     update = made.phases[2]

@@ -130,7 +130,7 @@ def make(config: Mapping[str, Any], topology: Topology, bucket: Bucket, phases: 
     notes += [_pool_note(s, pages), *_copies_note(s.mesh, t.model.config, 'sampler')]
   notes += _copies_note(mesh, t.model.config, 'update')
   items = [*held, *kept, Item(f'index ({config["retriever"].get("name")}: in host memory)', 0)]
-  found = [*_hand_over(s, items, limit), *_sampler_phase(t, s, pages if s else 0, items, limit, topology, phases, say),
+  found = [*_hand_over(t, s, items, limit, len(topology.hosts)), *_sampler_phase(t, s, pages if s else 0, items, limit, topology, phases, say),
            *_update_phases(t, bucket, items, limit, topology, phases, say)]
   programs = {p.name: p for phase in found for p in phase.programs}
   assumptions = roofline.within(assumptions, config['length'], t.method.protocol.max_turns)
@@ -164,11 +164,21 @@ def _copies_note(mesh, config, what: str) -> list[str]:
       'that another device has too']
 
 
-def _hand_over(s: Sampler | None, items: Sequence[Item], limit: int) -> list[Phase]:
-  """Between two steps: the new policy as the trainer gives it, stacked, beside the one that programs read."""
+def _hand_over(t: Trainer, s: Sampler | None, items: Sequence[Item], limit: int, num_hosts: int) -> list[Phase]:
+  """Between two steps: the new policy in the trainer's parts and in the sampler's, and what both forms share a moment.
+
+  Arrays that the sampler may give up are in both forms one at a time; otherwise all of them are.
+  """
   if s is None:
     return []
-  return [Phase('hand-over', [*items, Item('sampler copy, stacked', sampler_lib.weight_bytes(s))], (), 0, limit)]
+  if not t.programs.fresh:
+    return [Phase('hand-over', [*items, Item('sampler copy, stacked', sampler_lib.weight_bytes(s))], (), 0, limit)]
+  cast = resident.table_bytes(s.config, t.mesh)
+  more = [Item("policy, cast, in the trainer's parts", sum(cast)),
+          Item('largest array in both forms', max(resident.table_bytes(s.config, s.mesh)))]
+  if num_hosts > 1:
+    more.append(Item('largest array or layer, gathered over hosts', resident.largest_gathered(s.config)))
+  return [Phase('hand-over', [*items, *more], (), 0, limit)]
 
 
 def _sampler_phase(t: Trainer, s: Sampler | None, pages: int, items: Sequence[Item], limit: int, topology: Topology,
@@ -196,6 +206,8 @@ def _update_phases(t: Trainer, bucket: Bucket, items: Sequence[Item], limit: int
     mesh = parallel.make_mesh(dict(t.mesh.shape), jax.devices('cpu')[:t.mesh.size])
     return trainer_lib.lowered(trainer_lib.make(t.config, mesh), bucket)[name]()
   lowered, given = trainer_lib.lowered(t, bucket), trainer_lib.block(t, bucket)
+  if not t.options.off_policy_steps:                           # the sampler gives its copy up before the update
+    items = [item for item in items if item.name != 'sampler copy']
   gradients = Item('gradients', resident.device_bytes(t.sums))
   found = []
   for phase, names, inputs, more in (('snapshot', ['snapshot'], resident.device_bytes(given.layout), []),
