@@ -89,6 +89,21 @@ def load_params(folder: epath.Path, shardings: Params, specs: Params) -> Params:
     return saver.restore(whole(folder), abstract)
 
 
+def load_groups(folder: epath.Path, specs: Params, shardings: Params) -> Params:
+  """Returns some groups of parameters of a step that `open_folder`'s checkpoints hold; nothing else is read.
+
+  Args:
+    folder: of the step.
+    specs: tables by 'trainable' or 'frozen' and group.
+    shardings: where they go.
+  """
+  example = {'state': jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, np.float32, sharding=s), specs, shardings,
+                                   is_leaf=lambda x: hasattr(x, 'fan_in'))}
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    return reader.restore(whole(folder / 'default'), args=ocp.args.PyTreeRestore(
+        example, ocp.checkpoint_utils.construct_restore_args(example), partial_restore=True))['state']
+
+
 ## One trainer a folder.
 
 CLAIM_SECONDS = 10.0         # between signs of life in a claim on an object store

@@ -12,7 +12,6 @@ from absl import app, flags, logging
 from etils import epath
 import jax
 from jax.sharding import Mesh
-import numpy as np
 import orbax.checkpoint as ocp
 
 from rlsearch import checkpoint, parallel, runs
@@ -58,7 +57,7 @@ def export(workdir: epath.Path, folder: epath.Path, dtype: str, adapters: bool) 
   if adapters:
     if not entry['lora']:
       raise ValueError(f'--adapters: config.model.lora of {policy.stage!r} is empty; its policy is whole')
-    peft.export(folder, model.config, _adapters(policy, model, workdir, stages[policy.stage]), entry['lora']['alpha'],
+    peft.export(folder, model.config, _adapters(policy, model, workdir), entry['lora']['alpha'],
                 entry['path'] or 'the base that the run started from', dtype)
     return policy
   said = hf_read.generation(entry['path']) if entry['path'] else hf.Generation()
@@ -79,19 +78,14 @@ def _vocab_size(entry: Mapping[str, Any], workdir: epath.Path) -> int:
   return tokenizer_lib.load(path, **said).vocab_size
 
 
-def _adapters(policy: Policy, model: Model, workdir: epath.Path, config: Mapping[str, Any]) -> Params:
+def _adapters(policy: Policy, model: Model, workdir: epath.Path) -> Params:
   """The adapters of the stage's newest checkpoint: what a stage leaves is merged."""
   checkpoints = workdir / policy.stage / 'checkpoints'
   steps = ocp.utils.checkpoint_steps(checkpoints) if checkpoints.exists() else []
   if not steps:
     raise ValueError(f'--adapters: {checkpoints} has no checkpoint; the policy that {policy.stage!r} left is merged')
-  mesh = _host()
   specs = {'trainable': {'policy': model.trainable['policy']}}
-  example = {'state': jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, np.float32, sharding=s), specs,
-                                   params_lib.shardings(specs, mesh), is_leaf=params_lib.is_param)}
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-    state = reader.restore(checkpoint.whole(checkpoints / str(max(steps)) / 'default'), args=ocp.args.PyTreeRestore(
-        example, ocp.checkpoint_utils.construct_restore_args(example), partial_restore=True))['state']
+  state = checkpoint.load_groups(checkpoints / str(max(steps)), specs, params_lib.shardings(specs, _host()))
   return state['trainable']['policy']
 
 

@@ -8,7 +8,7 @@ import pytest
 import small
 
 from rlsearch.data import stops as stops_lib
-from rlsearch.engines.simple import row_key
+from rlsearch.engines.turns import row_key
 from rlsearch.models import decode, heads, model as models
 
 draw = jax.jit(decode.draw)

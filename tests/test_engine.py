@@ -8,7 +8,7 @@ import small
 
 from rlsearch import parallel
 from rlsearch.engines import simple as make_engine
-from rlsearch.engines.simple import row_key
+from rlsearch.engines.turns import row_key
 from rlsearch.models import decode, model as models
 from rlsearch.types import FORCED, POLICY, Request
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import small_run
-from rlsearch import export as export_lib, parallel, settings, update, weights
+from rlsearch import checkpoint, export as export_lib, parallel, settings, update, weights
 from rlsearch.ask import agent
-from rlsearch.models import assembly, hf_read, params as params_lib, peft, variants
+from rlsearch.models import assembly, hf_read, lora, params as params_lib, peft, variants
 
 LORA = dict(rank=2, alpha=4.0, targets=('q', 'down'))
 
@@ -124,3 +124,24 @@ def test_trains_from_the_folder_and_is_exported(folder, tmp_path):
   assert small_run.run(small_run.changed(entries), tmp_path / 'run')
   export_lib.export(epath.Path(tmp_path / 'run'), epath.Path(tmp_path / 'out'), 'bfloat16', False)
   assert hf_read.config(tmp_path / 'out') == hf_read.config(folder)
+
+
+@pytest.mark.slow
+def test_adapters_of_a_run_are_exported_and_gone_on_from(folder, tmp_path):
+  """A run of adapters on the folder; its --adapters folder merges to the policy that the run left."""
+  entries = {'model.variant': 'checkpoint', 'model.path': str(folder), 'model.init': 'normal',
+             'model.shape': dict(dtype='float32', remat='none'), 'model.tokenizer': dict(path=''),
+             'model.lora': dict(rank=2, alpha=4.0, targets=('q', 'down'))}
+  assert small_run.run(small_run.changed(entries), tmp_path / 'run')
+  workdir = epath.Path(tmp_path / 'run')
+  export_lib.export(workdir, epath.Path(tmp_path / 'adapter'), 'float32', True)
+  stages = agent.read_stages(workdir)
+  model, mesh = assembly.get(stages[small_run.RL]['model'], 1), parallel.make_mesh({}, jax.devices()[:1])
+  found = peft.load(tmp_path / 'adapter', model.config, base=str(folder))
+  assert (found.rank, found.alpha, found.targets, found.warnings) == (2, 4.0, ('q', 'down'), ())
+  wanted = agent.load_params(agent.newest(workdir, stages), model, mesh)
+  base = checkpoint.load_groups(workdir / small_run.RL / 'checkpoints' / str(stages[small_run.RL]['steps']),
+                                {'frozen': {'base': model.frozen['base']}},
+                                params_lib.shardings({'frozen': {'base': model.frozen['base']}}, mesh))
+  merged = lora.merge(base['frozen']['base'], found.params, found.alpha / found.rank)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), merged, wanted)

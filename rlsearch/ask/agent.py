@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from etils import epath
 import jax
 from jax.sharding import Mesh
-import numpy as np
 import orbax.checkpoint as ocp
 import sentencepiece
 
@@ -100,11 +99,7 @@ def load_params(policy: Policy, model: Model, mesh: Mesh) -> Params:
       trunk = assembly.policy_specs(model)
       return checkpoint.load_params(policy.folder, params_lib.shardings(trunk, mesh), trunk)
     specs = {'trainable': dict(model.trainable), 'frozen': dict(model.frozen)}
-    example = {'state': jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, np.float32, sharding=s), specs,
-                                     params_lib.shardings(specs, mesh), is_leaf=params_lib.is_param)}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-      state = reader.restore(checkpoint.whole(policy.folder / 'default'), args=ocp.args.PyTreeRestore(
-          example, ocp.checkpoint_utils.construct_restore_args(example), partial_restore=True))['state']
+    state = checkpoint.load_groups(policy.folder, specs, params_lib.shardings(specs, mesh))
     return model.policy(state['trainable'], state['frozen'])
   except (ValueError, KeyError, TypeError, OSError) as error:
     why = str(error).strip().splitlines() or [type(error).__name__]

@@ -13,7 +13,7 @@ from rlsearch import parallel
 from rlsearch.data import stops as stops_lib
 from rlsearch.data.tokenizer import Tokenizer
 from rlsearch.engines import scoring, uncached
-from rlsearch.engines.turns import row_key, to_turn
+from rlsearch.engines.turns import padded, to_turn
 from rlsearch.models import decode, modules
 from rlsearch.models.model import Model
 from rlsearch.types import Engine, Ids, Request
@@ -58,10 +58,11 @@ def reprefill(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *,
     waiting.clear()
     finished = []
     for batch in (order[i:i + rows] for i in range(0, len(order), rows)):
-      inputs, lengths = _padded(batch, rows, contexts, max_new_tokens)
+      length = scoring.bucket(max(len(r.context_ids) + len(r.forced_ids) for r in batch), contexts)
+      inputs = padded(batch, rows, length, max_new_tokens)
       out = jax.device_get(sample(state['params'], *jax.device_put(inputs, by_rows), automaton))
-      counts['prefilled_tokens'] += int(lengths.sum())
-      counts['padded_tokens'] += int(inputs[0].size - lengths.sum())
+      counts['prefilled_tokens'] += int(inputs[1].sum())
+      counts['padded_tokens'] += int(inputs[0].size - inputs[1].sum())
       counts['generated_tokens'] += int(out.count[:len(batch)].sum())
       for r, ids, logp, n, stopped in zip(batch, *out, strict=False):      # behind the batch is padding
         finished.append((r, to_turn(tok, r, ids[:n], logp[:n], bool(stopped), state['version'])))
@@ -91,15 +92,3 @@ def _checked(model: Model, mesh: Mesh, rows: int, contexts: Sequence[int]) -> mo
   if list(contexts) != sorted(set(contexts)) or not contexts:
     raise ValueError(f'config.engine.contexts={list(contexts)}: wants rising lengths')
   return model.config
-
-
-def _padded(batch: Sequence[Request], rows: int, contexts: Sequence[int], max_new_tokens: int):
-  """A batch in one of the declared shapes, and the lengths of its contexts."""
-  length = scoring.bucket(max(len(r.context_ids) + len(r.forced_ids) for r in batch), contexts)
-  tokens, lengths = np.zeros((rows, length), np.int32), np.zeros(rows, np.int32)
-  keys, temperature, limit = np.zeros((rows, 2), np.uint32), np.zeros(rows, np.float32), np.zeros(rows, np.int32)
-  for i, r in enumerate(batch):
-    ids = np.concatenate([r.context_ids, r.forced_ids])
-    tokens[i, :len(ids)], lengths[i] = ids, len(ids)
-    keys[i], temperature[i], limit[i] = row_key(r.uid), r.temperature, min(r.max_tokens, max_new_tokens)
-  return (tokens, lengths, keys, temperature, limit), lengths

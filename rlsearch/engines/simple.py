@@ -13,7 +13,7 @@ from rlsearch import parallel
 from rlsearch.data import stops as stops_lib
 from rlsearch.data.tokenizer import Tokenizer
 from rlsearch.engines import scoring
-from rlsearch.engines.turns import row_key, to_turn
+from rlsearch.engines.turns import padded, to_turn
 from rlsearch.models import decode
 from rlsearch.models.model import Model
 from rlsearch.types import Engine, Ids, Request
@@ -62,15 +62,11 @@ def simple(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *, ro
 
   def launch(batch):
     length = scoring.bucket(max(len(r.context_ids) + len(r.forced_ids) for r in batch), contexts)
-    tokens, lengths = np.zeros((rows, length), np.int32), np.zeros(rows, np.int32)
-    keys, temperature, limit = np.zeros((rows, 2), np.uint32), np.zeros(rows, np.float32), np.zeros(rows, np.int32)
-    for i, r in enumerate(batch):
-      ids = np.concatenate([r.context_ids, r.forced_ids])
-      tokens[i, :len(ids)], lengths[i] = ids, len(ids)
-      keys[i], temperature[i], limit[i] = row_key(r.uid), r.temperature, min(r.max_tokens, max_new_tokens)
+    inputs = padded(batch, rows, length, max_new_tokens)
+    tokens, lengths = inputs[:2]
     counts['prefilled_tokens'] += int(lengths.sum())
     counts['padded_tokens'] += int(tokens.size - lengths.sum())
-    return sample(state['params'], tokens, lengths, keys, temperature, limit, automaton)
+    return sample(state['params'], *inputs, automaton)
 
   def finish(r, ids, logp, count, stopped):
     counts['generated_tokens'] += int(count)

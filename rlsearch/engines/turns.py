@@ -17,6 +17,21 @@ def row_key(uid: tuple[int, ...]) -> np.ndarray:
   return np.random.SeedSequence((len(uid), *uid)).generate_state(2, np.uint32)
 
 
+def padded(batch: Sequence[Request], rows: int, length: int, max_new_tokens: int) -> tuple[np.ndarray, ...]:
+  """Returns what a program that samples whole turns is given, padded to `rows` rows of `length` tokens.
+
+  Returns:
+    tokens i32[rows, length], lengths i32[rows], key data u32[rows, 2], temperatures f32[rows], tokens to sample i32[rows].
+  """
+  tokens, lengths = np.zeros((rows, length), np.int32), np.zeros(rows, np.int32)
+  keys, temperature, limit = np.zeros((rows, 2), np.uint32), np.zeros(rows, np.float32), np.zeros(rows, np.int32)
+  for i, r in enumerate(batch):
+    ids = np.concatenate([r.context_ids, r.forced_ids])
+    tokens[i, :len(ids)], lengths[i] = ids, len(ids)
+    keys[i], temperature[i], limit[i] = row_key(r.uid), r.temperature, min(r.max_tokens, max_new_tokens)
+  return tokens, lengths, keys, temperature, limit
+
+
 def to_turn(tok: Tokenizer, r: Request, ids: Sequence[int], logps: Sequence[float], stopped: bool, version: int) -> Turn:
   """Returns the turn of a request: its forced ids, then what was sampled."""
   token_ids = np.concatenate([r.forced_ids, ids]).astype(np.int32)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rlsearch.models import heads, model as models, params as params_lib, transformer, variants
+from rlsearch.models import attention, heads, model as models, params as params_lib, transformer, variants
 from rlsearch.models.model import Model, logical
 from rlsearch.models.modules import ROLES, Module, load
 from rlsearch.models.params import Specs
@@ -67,15 +67,9 @@ def policy_specs(model: Model) -> Specs:
   return model.frozen.get('base') or model.frozen.get('policy') or model.trainable['policy']
 
 
-def seen(layout: Layout) -> jax.Array:
-  """Returns bool[P, S, S]: which query sees which key, key ≤ query < until[key]."""
-  at = jnp.arange(layout.tokens.shape[1])
-  return (at[None, None, :] <= at[None, :, None]) & (at[None, :, None] < layout.until[:, None, :])
-
-
 def read(module: Module, params: Params, layout: Layout) -> jax.Array:
   """Returns what a module says of the physical tokens, f32[P, S] or f32[P, S, V]."""
-  return module.apply(params, layout.tokens, layout.positions, seen(layout)).astype(jnp.float32)
+  return module.apply(params, layout.tokens, layout.positions, attention.sees(layout.until)).astype(jnp.float32)
 
 
 def token_stats(logits: jax.Array, layout: Layout, temperature: jax.Array | float, num_tokens: int

@@ -173,9 +173,9 @@ def _hand_over(t: Trainer, s: Sampler | None, items: Sequence[Item], limit: int,
     return []
   if not t.programs.fresh:
     return [Phase('hand-over', [*items, Item('sampler copy, stacked', sampler_lib.weight_bytes(s))], (), 0, limit)]
-  cast = resident.table_bytes(s.config, t.mesh)
+  cast = sampler_lib.array_bytes(s.config, t.mesh)
   more = [Item("policy, cast, in the trainer's parts", sum(cast)),
-          Item('largest array in both forms', max(resident.table_bytes(s.config, s.mesh)))]
+          Item('largest array in both forms', max(sampler_lib.array_bytes(s.config, s.mesh)))]
   if num_hosts > 1:
     more.append(Item('largest array or layer, gathered over hosts', resident.largest_gathered(s.config)))
   return [Phase('hand-over', [*items, *more], (), 0, limit)]

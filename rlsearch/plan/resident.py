@@ -114,15 +114,6 @@ def key_value_copies(config: ModelConfig, mesh: Mesh) -> int:
   return 0 if M % ways == 0 else int(whole * (M - M / ways))
 
 
-def table_bytes(config: ModelConfig, mesh: Mesh) -> list[int]:
-  """Returns the bytes on one device of each array of a policy, in the dtype of activations."""
-  specs = params_lib.transformer_specs(config)
-  size = np.dtype(jnp.dtype(config.dtype)).itemsize
-  each = jax.tree.map(lambda p, s: math.prod(s.shard_shape(p.shape)) * size, specs, params_lib.shardings(specs, mesh),
-                      is_leaf=params_lib.is_param)
-  return jax.tree.leaves(each)
-
-
 def largest_gathered(config: ModelConfig) -> int:
   """Returns the bytes of the largest array, or layer of a stacked one, that is whole on a device while hosts exchange it."""
   size = np.dtype(jnp.dtype(config.dtype)).itemsize

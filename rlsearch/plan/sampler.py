@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -91,10 +92,15 @@ def make(config: ModelConfig, engine: Mapping[str, Any], stops: Sequence[str], s
 
 def weight_bytes(sampler: Sampler) -> int:
   """Returns the bytes of one copy of the policy on one device, in the dtype of activations."""
-  specs = params_lib.transformer_specs(sampler.config)
-  sharded = jax.tree.map(lambda p, s: np.prod(s.shard_shape(p.shape)), specs, params_lib.shardings(specs, sampler.mesh),
-                         is_leaf=params_lib.is_param)
-  return int(sum(jax.tree.leaves(sharded))) * np.dtype(jnp.dtype(sampler.config.dtype)).itemsize
+  return sum(array_bytes(sampler.config, sampler.mesh))
+
+
+def array_bytes(config: ModelConfig, mesh: Mesh) -> list[int]:
+  """Returns the bytes on one device of each array of a policy, in the dtype of activations."""
+  specs, size = params_lib.transformer_specs(config), np.dtype(jnp.dtype(config.dtype)).itemsize
+  each = jax.tree.map(lambda p, s: math.prod(s.shard_shape(p.shape)) * size, specs, params_lib.shardings(specs, mesh),
+                      is_leaf=params_lib.is_param)
+  return jax.tree.leaves(each)
 
 
 def working_bytes(sampler: Sampler) -> int:
