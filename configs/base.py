@@ -23,7 +23,7 @@ def get_config():
   c.mesh = dict(slice=1, data=1, fsdp=-1, sequence=1, expert=1, tensor=1)
   c.sampler_mesh = dict(data=-1, tensor=1)                    # of each host's own devices
   c.model = dict(variant='tiny', path='', shape=dict(dtype='', remat='', attention='', vocab_chunk=0), tokenizer=dict(vocab_size=1000), init='normal', lora={}, critic='none',
-                 reference=True, reward='none', modules={})
+                 reference=True, frozen_dtype='float32', reward='none', modules={})
   c.data = dict(questions_per_step=1, first_position=0, source=dict(name='files', corpus_path='', train='', validation='', test='',
                                                   format=None, seed=-1))
   c.retriever = dict(name='bm25', topk=3)
@@ -49,9 +49,13 @@ def get_config():
 
 
 def _language_model(variant):
-  """Scale of a published checkpoint; --config.model.path names its folder, whose tokenizer is taken too."""
+  """Scale of a published checkpoint; --config.model.path names its folder, whose tokenizer is taken too.
+
+  The reference, or the base under adapters, is kept in bfloat16, in which these checkpoints are published: half the
+  bytes, and the same numbers bit for bit (models.params.kept_in).
+  """
   return dict(
-      model=dict(variant=variant, tokenizer=dict(path='')),
+      model=dict(variant=variant, tokenizer=dict(path=''), frozen_dtype='bfloat16'),
       retriever=ConfigDict(dict(name='http', url='http://127.0.0.1:8000/retrieve', topk=3)),
       engine=dict(rows=320, members=5),
       updates=dict(microbatch_rows=64))

@@ -156,7 +156,8 @@ def own(config: Mapping[str, Any], engine: Engine, tok: Tokenizer, model: ModelC
     if not brought and isinstance(model, Module):
       raise ValueError('config.model.modules: a reward module beside config.model.modules.policy wants '
                        'config.model.modules.reward')
-    specs = brought.specs if brought else {'head': heads.reward_head_specs(model), 'trunk': params_lib.transformer_specs(model)}
+    trunk = lambda: params_lib.kept_in(params_lib.transformer_specs(model), config['model']['frozen_dtype'])
+    specs = brought.specs if brought else {'head': heads.reward_head_specs(model), 'trunk': trunk()}
     everywhere = jax.tree.map(lambda p: parallel.replicated(mesh), specs, is_leaf=params_lib.is_param)
     module = checkpoint.load_params(folders[-1], everywhere, specs)
     read = scoring.reader(uncached.last_score(brought) if brought else scoring.last_score(model), mesh, entry['rows'], entry['contexts'])

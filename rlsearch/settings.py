@@ -23,7 +23,8 @@ SECTIONS = {
     'credit': 'credit', 'objective': 'objectives', 'schedule': 'schedules', 'optimizer': 'optim',
     'updates': 'settings.Update', 'train_roles': 'rollout.pack', 'evals': 'evaluate.Evals',
     'checkpoint': 'settings.Checkpoint', 'tensorboard': 'train', 'max_failed_share': 'train'}
-MODEL_ENTRIES = ('variant', 'path', 'shape', 'tokenizer', 'init', 'lora', 'critic', 'reference', 'reward', 'modules')
+MODEL_ENTRIES = ('variant', 'path', 'shape', 'tokenizer', 'init', 'lora', 'critic', 'reference', 'frozen_dtype', 'reward',
+                 'modules')
 
 
 class Update(NamedTuple):

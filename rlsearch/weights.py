@@ -31,12 +31,13 @@ def first_state(entry: Mapping[str, Any], model: Model, optimizers: Mapping[str,
     ValueError: a folder that does not fit the model, adapters for another one, or a brought critic or reward module that
       reads what is hidden from it.
   """
-  trunk = assembly.policy_specs(model)
+  trunk = assembly.start_specs(model)
   policy = None
   if start_from is not None:
     policy = checkpoint.load_params(start_from, params_lib.shardings(trunk, shard.replicated.mesh), trunk)
   elif entry['path']:
-    policy = hf_read.load(entry['path'], params_lib.shardings(trunk, shard.replicated.mesh), model.config)
+    policy = hf_read.load(entry['path'], params_lib.shardings(trunk, shard.replicated.mesh), model.config,
+                          dtype=jax.tree.map(lambda p: p.dtype, trunk, is_leaf=params_lib.is_param))
   state = update.init(model, optimizers, seed, shard, policy)
   if entry['lora'].get('path') and start_from is None:
     state = state.replace(trainable={**state.trainable, 'policy': adapters(entry, model, shard.state.trainable['policy'])})

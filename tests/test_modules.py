@@ -154,7 +154,7 @@ class TestCheckCausal:
 
 def entry(**entries):
   return {**dict(variant='tiny', path='', shape={}, tokenizer={}, init='normal', lora={}, critic='none',
-                 reference=False, reward='none', modules={}), **entries}
+                 reference=False, frozen_dtype='float32', reward='none', modules={}), **entries}
 
 
 POLICY, VALUE, REWARD = (dict(make=f'own_modules:{name}', width=8) for name in ('policy', 'critic', 'reward'))

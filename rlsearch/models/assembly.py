@@ -41,13 +41,14 @@ def get(entry: Mapping[str, Any], vocab_size: int, mesh: Mesh | None = None) -> 
     made = models.get(own, vocab_size, mesh)
   else:
     others = {'critic': ' or config.model.modules.value', 'reward': ' or config.model.modules.reward'}
-    for name, plain in (('path', ''), ('init', 'normal'), ('lora', {}), ('critic', 'none'), ('reward', 'none')):
+    for name, plain in (('path', ''), ('init', 'normal'), ('lora', {}), ('critic', 'none'), ('frozen_dtype', 'float32'),
+                        ('reward', 'none')):
       if own[name] != plain:
         raise ValueError(f'config.model.{name}={own[name]!r}: is of our own models; with config.model.modules.policy '
                          f'wants {plain!r}{others.get(name, "")}')
     made = policy(actor, vocab_size, own['reference'])
   made = with_value(made, critic) if critic else made
-  return with_reward(made, judge) if judge else made
+  return with_reward(made, judge, entry['frozen_dtype']) if judge else made
 
 
 def module_of(entry: Mapping[str, Any], role: str, vocab_size: int) -> Module | None:
@@ -62,9 +63,14 @@ def module_of(entry: Mapping[str, Any], role: str, vocab_size: int) -> Module | 
   return load(role, entry['modules'][role], -(-vocab_size // 8) * 8) if role in entry['modules'] else None
 
 
-def policy_specs(model: Model) -> Specs:
-  """Returns the table of what `model.policy` returns: the policy's full parameters, without adapters."""
+def start_specs(model: Model) -> Specs:
+  """Returns the table of what a stage starts from: the policy's full parameters, in the dtypes in which it keeps them."""
   return model.frozen.get('base') or model.frozen.get('policy') or model.trainable['policy']
+
+
+def policy_specs(model: Model) -> Specs:
+  """Returns the table of the policy's full parameters, adapters merged, in float32: what a stage leaves."""
+  return params_lib.kept_in(start_specs(model), 'float32')
 
 
 def read(module: Module, params: Params, layout: Layout) -> jax.Array:
@@ -156,12 +162,13 @@ def with_value(model: Model, module: Module) -> Model:
                         critic=values)
 
 
-def with_reward(model: Model, module: Module) -> Model:
+def with_reward(model: Model, module: Module, frozen_dtype: str = 'float32') -> Model:
   """Returns the model that trains a brought reward module; the policy is frozen.
 
   Args:
     model: a policy alone, ours or a brought one.
     module: of the role 'reward'.
+    frozen_dtype: in which the policy's linear maps are kept.
 
   Raises:
     ValueError: a model with more than a policy.
@@ -170,16 +177,19 @@ def with_reward(model: Model, module: Module) -> Model:
     raise ValueError("config.model.reward='trained': the policy is frozen, so it wants lora={}, critic=none and "
                      f'reference=False; found the groups {sorted(model.trainable)} and, frozen, {sorted(model.frozen)}')
 
+  still = params_lib.kept_in(model.trainable['policy'], frozen_dtype)
+
   def initial(key):
-    return {'reward': module.init(jax.random.fold_in(key, 4))}, {'policy': model.init(key)[0]['policy']}
+    first = params_lib.cast(still, model.init(key)[0]['policy'])
+    return {'reward': module.init(jax.random.fold_in(key, 4))}, {'policy': first}
 
   def outputs(train, froze, layout, temperature):
     said = model.outputs({'policy': froze['policy']}, {}, layout, temperature)
     return said.replace(score=logical(layout, read(module, train['reward'], layout)))
 
   return model._replace(
-      trainable={'reward': module.specs}, frozen={'policy': model.trainable['policy']}, init=initial, outputs=outputs,
-      start=lambda train, froze, weights: (train, {'policy': jax.tree.map(jnp.copy, weights)}),
+      trainable={'reward': module.specs}, frozen={'policy': still}, init=initial, outputs=outputs,
+      start=lambda train, froze, weights: (train, {'policy': params_lib.cast(still, jax.tree.map(jnp.copy, weights))}),
       policy=lambda train, froze: froze['policy'], leaves=('reward',))
 
 

@@ -228,9 +228,10 @@ def replicas(t: Trainer, s: Sampler | None) -> list[Replica]:
   found = []
   for kind in (t.model.trainable, t.model.frozen):
     for group, specs in kind.items():
-      found += resident.replicas(specs, t.mesh, 4, f'{group}.')
+      found += resident.replicas(specs, t.mesh, f'{group}.')
   if s is not None:
-    found += resident.replicas(params_lib.transformer_specs(s.config), s.mesh, 2, 'sampler.')
+    own = params_lib.kept_in(params_lib.transformer_specs(s.config), s.config.dtype)
+    found += resident.replicas(own, s.mesh, 'sampler.')
   return found
 
 

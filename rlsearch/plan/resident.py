@@ -68,13 +68,12 @@ def total(items: Sequence[Item]) -> int:
   return sum(item.bytes for item in items)
 
 
-def replicas(specs: Mapping[str, Any], mesh: Mesh, size: int, prefix: str = '') -> list[Replica]:
+def replicas(specs: Mapping[str, Any], mesh: Mesh, prefix: str = '') -> list[Replica]:
   """Returns the matrices of a table that lie whole along a mesh axis that could cut them, if that takes LARGE bytes.
 
   Args:
     specs: a table of parameters.
     mesh: that it lies on.
-    size: bytes of a number.
     prefix: of names.
   """
   found = []
@@ -84,7 +83,7 @@ def replicas(specs: Mapping[str, Any], mesh: Mesh, size: int, prefix: str = '') 
     spec = tuple(parallel.spec(p.axes, p.shape, mesh)) + (None,) * len(p.shape)
     names = [() if s is None else (s,) if isinstance(s, str) else tuple(s) for s in spec][:len(p.shape)]
     used = {n for some in names for n in some}
-    here = math.prod(p.shape) * size // math.prod(mesh.shape[n] for n in used)
+    here = math.prod(p.shape) * np.dtype(p.dtype).itemsize // math.prod(mesh.shape[n] for n in used)
     for axis in PARTS:
       ways = mesh.shape.get(axis, 1)
       left = [d // math.prod(mesh.shape[n] for n in some) for d, some in zip(p.shape[1:], names[1:], strict=True)]
