@@ -31,7 +31,7 @@ def get_config():
   c.reward_module = dict(stage='')
   c.tools = dict(deadline_seconds=60.0, workers=1, max_batch=256, max_queued=4096, watch_seconds=30.0, per_tool={})
   c.engine = dict(name='paged', rows=64, contexts=(512, 1024, 2048, 4096), max_new_tokens=512, page_tokens=64, steps=32,
-                  chunk_rows=4, chunk_tokens=128, members=1, num_pages=0, memory_share=0.8)
+                  chunk_rows=4, chunk_tokens=128, members=1, num_pages=0, memory_share=0.9)
   # buckets: shapes that the update is compiled for, (sequences, tokens of each).  Where updates.layout is 'shared', a
   # sequence holds up to updates.sequence_rows rows, and once what they have in common; the longest bucket says how
   # many tokens fit, the shorter ones serve what is left.

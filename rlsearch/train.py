@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from ml_collections import config_flags
 
 from rlsearch import (checkpoint, engines, evaluate as evaluate_lib, hosts as hosts_lib, job, logs,
-                      method as method_lib, outside, parallel, profiling, runs, services, settings, update, weights)
+                      method as method_lib, outside, parallel, profiling, reserve, runs, services, settings, update, weights)
 from rlsearch.checkpoint import Run
 from rlsearch.evaluate import Evals
 from rlsearch.models import assembly, params as params_lib
@@ -69,7 +69,10 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
 
   saved   = checkpoint.open_folder(folder / 'checkpoints', config['checkpoint']['keep'])
   trunk   = assembly.policy_specs(model)
-  state   = weights.first_state(config['model'], model, tx, seed, shard, start_from, shared.tok.vocab_size)
+  given   = reserve.arguments(model, tx, method, program)
+  # Of a run that goes on only the shapes: nothing is made or read twice, nor lies there twice.
+  state   = given.state if saved.latest() is not None else weights.first_state(
+      config['model'], model, tx, seed, shard, start_from, shared.tok.vocab_size)
   run     = Run(state, method.schedule.init(), config['data']['first_position'])
   run     = run if saved.latest() is None else saved.restore(run)
   first   = int(run.state.step)
@@ -78,7 +81,8 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
 
   sampler = services.sampler_mesh(config, model.config)
   to_sampler = lambda params: parallel.to_local(params, params_lib.shardings(trunk, sampler))
-  engine  = method_lib.resolve('engine', engines, config['engine'], model, shared.tok, method.protocol.stops, sampler)
+  entry   = {**config['engine'], **reserve.entries(config['engine'], program, method, given, buckets, length.total, sampler)}
+  engine  = method_lib.resolve('engine', engines, entry, model, shared.tok, method.protocol.stops, sampler)
   own     = services.own(config, engine, shared.tok, model.config, folder.parent, sampler)
   tools   = outside.make(shared.services, **config['tools'], own=own)
   render  = render_lib.Render(method.protocol, shared.tok, length, config['retriever']['topk'])

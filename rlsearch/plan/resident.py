@@ -16,6 +16,7 @@ from rlsearch.models.config import ModelConfig
 from rlsearch.plan import sampler as sampler_lib
 from rlsearch.plan.sampler import Sampler
 from rlsearch.plan.trainer import Trainer
+from rlsearch.reserve import device_bytes
 
 LARGE = 64 << 20          # bytes that a device need not hold: less is not worth a word
 PARTS = ('fsdp', 'sequence', 'expert', 'tensor')      # mesh axes that a weight can lie over
@@ -41,12 +42,6 @@ class Replica(NamedTuple):
   axis: str
   ways: int
   why: str
-
-
-def device_bytes(tree: Any) -> int:
-  """Returns the bytes of one device's part of a tree of shapes with shardings."""
-  one = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
-  return sum(one(x) for x in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended))
 
 
 def of_trainer(trainer: Trainer) -> list[Item]:
