@@ -60,6 +60,7 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
   parallel.check_hosts(mesh)
   hosts_lib.open_collectives(around.hosts, mesh)
   model   = assembly.get(config['model'], shared.tok.vocab_size, mesh)
+  weights.check_vocabulary(config['model'], shared.tok)
   tx      = settings.optimizers(config, model)
   method  = method_lib.build(config, tuple(model.trainable))
   shard   = update.shardings(model, tx, mesh)

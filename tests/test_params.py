@@ -120,7 +120,7 @@ class TestResolve:
 
 class TestGet:
 
-  entry = dict(variant='tiny', path='', shape={}, init='normal', lora={}, critic='none', reference=False, frozen_dtype='float32',
+  entry = dict(variant='tiny', path='', shape={}, init='normal', lora={}, critic='none', critic_trunk={}, reference=False, frozen_dtype='float32',
                reward='none')
 
   def test_the_table_is_padded_and_its_padding_has_no_probability(self):

@@ -5,14 +5,14 @@ critic='separate', 'reward' serves reward='trained' and, in a later stage, confi
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rlsearch.models import attention, heads, model as models, params as params_lib, transformer, variants
+from rlsearch.models import attention, heads, model as models, params as params_lib
 from rlsearch.models.model import Model, logical
 from rlsearch.models.modules import ROLES, Module, load
 from rlsearch.models.params import Specs
@@ -37,11 +37,14 @@ def get(entry: Mapping[str, Any], vocab_size: int, mesh: Mesh | None = None) -> 
   own |= {'critic': 'none'} if critic else {}
   own |= {'reward': 'none'} if judge else {}
   actor = brings('policy')
+  if critic and entry['critic_trunk']:
+    raise ValueError(f'config.model.critic_trunk={dict(entry["critic_trunk"])}: config.model.modules.value is the critic; wants '
+                     'one of the two')
   if actor is None:
     made = models.get(own, vocab_size, mesh)
   else:
     others = {'critic': ' or config.model.modules.value', 'reward': ' or config.model.modules.reward'}
-    for name, plain in (('path', ''), ('init', 'normal'), ('lora', {}), ('critic', 'none'), ('frozen_dtype', 'float32'),
+    for name, plain in (('path', ''), ('init', 'normal'), ('lora', {}), ('critic', 'none'), ('critic_trunk', {}), ('frozen_dtype', 'float32'),
                         ('reward', 'none')):
       if own[name] != plain:
         raise ValueError(f'config.model.{name}={own[name]!r}: is of our own models; with config.model.modules.policy '
@@ -191,31 +194,3 @@ def with_reward(model: Model, module: Module, frozen_dtype: str = 'float32') -> 
       trainable={'reward': module.specs}, frozen={'policy': still}, init=initial, outputs=outputs,
       start=lambda train, froze, weights: (train, {'policy': params_lib.cast(still, jax.tree.map(jnp.copy, weights))}),
       policy=lambda train, froze: froze['policy'], leaves=('reward',))
-
-
-def critic(vocab_size: int, *, variant: str, shape: Mapping[str, Any]) -> Module:
-  """Returns a critic of our own transformer in another shape than the policy's, as a module for the role 'value'.
-
-  config.model.modules.value = dict(make='rlsearch.models.assembly:critic', variant=..., shape={...}).  It has plain
-  attention, [P, S, S], and starts from random values, not from the policy.
-
-  Args:
-    vocab_size: of the table.
-    variant, shape: as config.model.variant and config.model.shape.
-  """
-  config = variants.resolve(variant, {**shape, 'vocab_size': vocab_size})
-  specs = {'head': heads.scalar_head_specs(config), 'trunk': params_lib.transformer_specs(config)}
-  def apply(params, tokens, positions, sees):
-    hidden = transformer.forward(config, params['trunk'], tokens, positions, attend(config, positions, sees))
-    return heads.read(params['head'], hidden)
-  return Module(specs, lambda key: params_lib.init(specs, key), apply)
-
-
-def attend(config, positions: jax.Array, sees: jax.Array) -> Callable[..., jax.Array]:
-  """Returns our transformer's attention under a mask bool[P, S, S], within a layer's window."""
-  def one(q, k, v, kind):
-    near = sees
-    if config.sliding_window:
-      near = sees & (positions[:, :, None] - positions[:, None, :] < jnp.asarray(config.windows)[kind])
-    return transformer.masked_attention(q, k, v, near)
-  return one

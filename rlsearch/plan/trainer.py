@@ -40,11 +40,15 @@ class Trainer(NamedTuple):
 
 
 def vocabulary(model: Mapping[str, Any]) -> int:
-  """Returns the size of the tokenizer that config.model names: of its entry, or all rows of a published table."""
+  """Returns the size of the tokenizer that config.model names: of its entry, or all rows of a published table.
+
+  Of two tables, the policy's and the critic's, the smaller holds the tokenizer that both have.
+  """
   entry = model['tokenizer']
   if 'vocab_size' in entry:
     return int(entry['vocab_size'])
-  return variants.resolve(model['variant'], dict(model['shape'])).vocab_size
+  resolve = lambda said: variants.resolve(said['variant'], dict(said.get('shape', {}))).vocab_size
+  return min([resolve(model), *([resolve(model['critic_trunk'])] if model['critic_trunk'] else [])])
 
 
 def make(config: Mapping[str, Any], mesh: Mesh) -> Trainer:
