@@ -22,7 +22,8 @@ from rlsearch.plan import resident, trainer as trainer_lib
 
 slow = lambda value: pytest.param(value, marks=pytest.mark.slow)
 LORA = dict(rank=2, alpha=4.0, targets=('q', 'down'))
-FAMILIES = {**small_families.FAMILIES, 'small': small.shape()}
+CONFIG = small.shape()
+FAMILIES = {**small_families.FAMILIES, 'small': CONFIG}
 
 
 def in_bfloat16(tree):
@@ -58,6 +59,7 @@ class TestReference:
                  frozen['reference'], is_leaf=params_lib.is_param)
     assert kinds == {True: {'bfloat16'}, False: {'float32'}}
 
+  @pytest.mark.slow
   def test_of_float32_activations_is_equal_where_bfloat16_holds_the_values(self):
     config = FAMILIES['small']
     full, half, _ = both(config, in_bfloat16(small.weights(config)))
@@ -65,6 +67,7 @@ class TestReference:
     full, half, _ = both(config, small.weights(config))
     assert 1e-4 < np.max(np.abs(full - half)) < 0.1               # and rounded where it does not
 
+  @pytest.mark.slow
   def test_over_a_mesh(self):
     config = dataclasses.replace(FAMILIES['small'], dtype='bfloat16')
     mesh = parallel.make_mesh(dict(data=2, fsdp=2, tensor=2))
@@ -134,6 +137,19 @@ class TestState:
     alone = checkpoint.load_groups(epath.Path(tmp_path / 'saved' / '0'), specs, params_lib.shardings(specs, one_device()))
     assert small.same(alone['frozen'], state.frozen)
 
+  def test_what_is_trained_starts_from_whole_numbers(self):
+    """A stage reads its start in bfloat16 only where nothing but frozen weights is made of it."""
+    table, kept = params_lib.transformer_specs(CONFIG), params_lib.kept_in(params_lib.transformer_specs(CONFIG), 'bfloat16')
+    made = lambda **entries: models.make(CONFIG, frozen_dtype='bfloat16', **entries)
+    assert assembly.start_specs(made(lora_options=LORA)) == kept
+    assert assembly.start_specs(made(lora_options=LORA, critic='separate', critic_config=small.shape(width=8))) == kept
+    for model in (made(lora_options=LORA, critic='separate'), made(reward='trained'), made(reference=True)):
+      assert assembly.start_specs(model) == table
+    weights = small.weights(CONFIG)
+    train, frozen = made(reward='trained').start({'reward': {'head': None}}, {}, weights)
+    assert small.same(train['reward']['trunk'], weights) and frozen['policy']['embed'].dtype == jnp.bfloat16
+
+  @pytest.mark.slow
   def test_the_plan_counts_its_bytes(self):
     config = {**stage(), 'model': {**stage()['model'], 'reference': True}}
     one = lambda **entries: trainer_lib.make({**config, 'model': {**config['model'], **entries}}, one_device())

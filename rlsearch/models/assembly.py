@@ -67,13 +67,18 @@ def module_of(entry: Mapping[str, Any], role: str, vocab_size: int) -> Module | 
 
 
 def start_specs(model: Model) -> Specs:
-  """Returns the table of what a stage starts from: the policy's full parameters, in the dtypes in which it keeps them."""
-  return model.frozen.get('base') or model.frozen.get('policy') or model.trainable['policy']
+  """Returns the table of what a stage starts from: the policy's full parameters, in the dtypes in which it keeps them.
+
+  In float32 where something that is trained starts from them too: a critic's or a reward module's trunk.
+  """
+  full = policy_specs(model)
+  copied = any(specs.get('trunk') == full for specs in model.trainable.values())
+  return full if copied else model.frozen.get('base') or model.frozen.get('policy') or model.trainable['policy']
 
 
 def policy_specs(model: Model) -> Specs:
   """Returns the table of the policy's full parameters, adapters merged, in float32: what a stage leaves."""
-  return params_lib.kept_in(start_specs(model), 'float32')
+  return params_lib.kept_in(model.frozen.get('base') or model.frozen.get('policy') or model.trainable['policy'], 'float32')
 
 
 def read(module: Module, params: Params, layout: Layout) -> jax.Array:
