@@ -308,7 +308,7 @@ class TestTpu:
 
   @pytest.mark.parametrize('arguments', [
       ['--config=configs/search_r1_grpo.py:qwen2_5_3b', '--topology=v5e:4x4', '--mesh=fsdp=16',
-       '--sampler_mesh=data=2,tensor=2', '--config.engine.rows=40', '--config.engine.num_pages=3500',
+       '--sampler_mesh=data=2,tensor=2', '--config.engine.rows=40',
        '--config.updates.microbatch_rows=16'],
       ['--config=configs/search_r1_grpo.py:qwen2_5_7b', '--topology=v5p:4x4x4', '--mesh=fsdp=16,tensor=4']])
   def test_update_fits_and_is_sharded(self, arguments):

@@ -132,7 +132,7 @@ def make(config: Mapping[str, Any], topology: Topology, bucket: Bucket, phases: 
     kept_for = trainer_lib.reserved(t, rows, updating)
     pages = sampler_lib.num_pages(s, limit - resident.total(held), topology.platform, kept_for)
     kept = resident.of_sampler(s, pages)
-    notes += [_pool_note(s, pages, kept_for), *_copies_note(s.mesh, t.model.config, 'sampler')]
+    notes += [_pool_note(s, pages, kept_for, topology), *_copies_note(s.mesh, t.model.config, 'sampler')]
   notes += _copies_note(mesh, t.model.config, 'update')
   items = [*held, *kept, Item(f'index ({config["retriever"].get("name")}: in host memory)', 0)]
   found = [*_hand_over(t, s, items, limit, len(topology.hosts)), *_sampler_phase(t, s, pages if s else 0, items, limit, topology, phases, say),
@@ -153,9 +153,10 @@ def make(config: Mapping[str, Any], topology: Topology, bucket: Bucket, phases: 
               roofline.run(config['steps'], seconds, len(topology.devices)), notes)
 
 
-def _pool_note(s: Sampler, pages: int, kept: Reserve) -> str:
+def _pool_note(s: Sampler, pages: int, kept: Reserve, topology: Topology) -> str:
   longest = s.widths[-1] * s.entry['page_tokens']
-  left = f', which leave {_gib(kept.bytes)} for the update' if kept.bytes and not s.entry['num_pages'] else ''
+  left = f', which leave {_gib(kept.bytes)} for the update' if kept.bytes else ', as if the update, not compiled, took nothing'
+  left = '' if s.entry['num_pages'] or topology.platform == 'cpu' else left
   return (f'{s.rows} slots a device share {pages} pages{left}: room for {pages // s.widths[-1]} paths of {longest} tokens'
           + ('' if pages >= s.least_pages else
              f'; with fewer than {s.least_pages}, slots wait for one another when their paths are long'))
