@@ -70,7 +70,7 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
 
   saved   = checkpoint.open_folder(folder / 'checkpoints', config['checkpoint']['keep'])
   trunk   = assembly.policy_specs(model)
-  given   = reserve.arguments(model, tx, method, program)
+  given   = reserve.trained(model, tx, method, program)
   # Of a run that goes on only the shapes: nothing is made or read twice, nor lies there twice.
   state   = given.state if saved.latest() is not None else weights.first_state(
       config['model'], model, tx, seed, shard, start_from, shared.tok.vocab_size)
@@ -82,7 +82,7 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
 
   sampler = services.sampler_mesh(config, model.config)
   to_sampler = lambda params: parallel.to_local(params, params_lib.shardings(trunk, sampler))
-  entry   = {**config['engine'], **reserve.entries(config['engine'], program, method, given, buckets, length.total, sampler)}
+  entry   = {**config['engine'], **reserve.entries(config['engine'], given, buckets, length.total, sampler)}
   engine  = method_lib.resolve('engine', engines, entry, model, shared.tok, method.protocol.stops, sampler)
   own     = services.own(config, engine, shared.tok, model.config, folder.parent, sampler)
   tools   = outside.make(shared.services, **config['tools'], own=own)

@@ -12,7 +12,7 @@ import small_run
 from test_engine import one_device
 from test_plan import stage
 
-from rlsearch import method as method_lib, reserve
+from rlsearch import reserve
 from rlsearch.engines import memory
 from rlsearch.engines.memory import Reserve
 from rlsearch.models import params as params_lib
@@ -27,9 +27,8 @@ SIZES = dict(num_pages=0, page_tokens=4, rows=2, members=1, widths=(4,), own_wid
 class TestPagesIn:
 
   def test_the_larger_of_sampler_and_update_is_left(self):
-    """A copy of 30 + 10 bytes, the larger array handed over; then a working set that is larger than it."""
-    pages = lambda working, wanted, beside=False: memory.pages_in(
-        1000, 0.5, [30, 10], working, Reserve(wanted, beside), 7)
+    """A copy of 40 bytes, 30 more while it is handed over; then a working set that is larger than these."""
+    pages = lambda working, wanted, beside=False: memory.pages_in(1000, 0.5, 40, working, Reserve(wanted, beside, 30), 7)
     assert pages(20, 0) == (1000 - 40 - 30) * 0.5 // 7 == 66
     assert pages(100, 0) == pages(100, 140) == (1000 - 140) * 0.5 // 7
     assert pages(100, 141) == (1000 - 141) * 0.5 // 7
@@ -46,10 +45,8 @@ class TestPlan:
 
   def test_pages_of_what_a_device_says(self):
     config, page = small.shape(), 2 * 2 * 2 * 4 * 4 * 4
-    arrays = [4 * p.shape[0] * (params_lib.count({'': p}) // p.shape[0]) for p in
-              jax.tree.leaves(params_lib.transformer_specs(config), is_leaf=params_lib.is_param)]
-    working = 2 * 4 * page
-    assert self.plan(GIB).num_pages == (GIB - sum(arrays) - max(working, max(arrays))) * 0.5 // (page + 16 * 4)
+    copy, working = 4 * params_lib.count(params_lib.transformer_specs(config)), 2 * 4 * page
+    assert self.plan(GIB).num_pages == (GIB - copy - working) * 0.5 // (page + 16 * 4)
     assert self.plan(GIB, reserve=Reserve(GIB // 2)).num_pages == GIB // 2 * 0.5 // (page + 16 * 4)
     assert self.plan(GIB, reserve=Reserve(GIB // 2), num_pages=40).num_pages == 40
 
@@ -66,7 +63,7 @@ class TestEntries:
   def entries(self, engine, free=GIB):
     program = mock.Mock(side_effect=AssertionError('compiled'))
     with mock.patch.object(memory, 'free_bytes', lambda mesh: free):
-      return reserve.entries(engine, program, program, None, (), 8, None)
+      return reserve.entries(engine, program, (), 8, None)
 
   def test_only_an_engine_that_plans_its_pool_is_told(self):
     """An engine without the entry, a number of pages that is said, devices that do not tell: nothing is compiled."""
@@ -89,12 +86,14 @@ class TestAgreement:
     config['sampler_mesh'] = {'data': 1}
     t = trainer_lib.make(config, one_device())
     with mock.patch.object(memory, 'free_bytes', lambda mesh: GIB):
-      found = reserve.entries(config['engine'], t.programs, t.method, t.given, [Bucket(2, 120), bucket], 120, one_device())
+      found = reserve.entries(config['engine'], t.given, [Bucket(2, 120), bucket], 120, one_device())
     top = topology.get('cpu:1')
     made = planning.make(config, top, bucket, ('snapshot', 'update'), Assumptions())
     by_phase = {p.name: p for p in made.phases}
     held = sum(i.bytes for i in by_phase['snapshot'].items)
-    assert found['reserve'] == Reserve(max(p.total for p in (by_phase['snapshot'], by_phase['update'])) - held, False)
+    copy = next(i.bytes for i in by_phase['hand-over'].items if i.name == 'sampler copy')
+    assert found['reserve'] == Reserve(max(p.total for p in (by_phase['snapshot'], by_phase['update'])) - held, False,
+                                       by_phase['hand-over'].total - held - copy)
     assert found['reserve'].bytes > sum(i.bytes for i in by_phase['update'].items) - held > 0      # more than gradients
     s = sampler_lib.make(t.model.config, config['engine'], t.method.protocol.stops, {'data': 1}, jax.devices()[:1])
     with mock.patch.object(memory, 'free_bytes', lambda mesh: GIB):

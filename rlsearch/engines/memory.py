@@ -52,9 +52,11 @@ class Reserve(NamedTuple):
   Attributes:
     bytes: gradients, rows and the programs' own.
     beside: the sampler computes meanwhile; else it has given its copy of the policy up.
+    handing: bytes beside that copy while a new policy is handed over.
   """
   bytes: int = 0
   beside: bool = False
+  handing: int = 0
 
 
 def array_bytes(config: ModelConfig, specs: params_lib.Specs, mesh: Mesh) -> list[int]:
@@ -79,21 +81,21 @@ def working_bytes(page: int, rows: int, members: int, widest: int, own_width: in
   return max(rows * widest * page, grouped)
 
 
-def pages_in(free: int, share: float, arrays: Sequence[int], working: int, reserve: Reserve, page: int) -> int:
+def pages_in(free: int, share: float, copy: int, working: int, reserve: Reserve, page: int) -> int:
   """Returns how many pages a pool has: share · (free - need) / page, at least 0.
 
   need is the larger of what the sampler takes beside its pool and what an update does; their sum where both run at once.
-  The sampler takes its copy of the policy and the larger of the working set and the array that is handed over.
+  The sampler takes its copy of the policy, and the larger of the working set and of what handing it over takes.
 
   Args:
     free: bytes of a device beside the trainer's state.
     share: of what neither sampler nor update wants.
-    arrays: bytes of each array of the sampler's copy.
+    copy: bytes of the sampler's copy.
     working: of the widest slice.
-    reserve: for the update.
+    reserve: what the trainer wants.
     page: bytes of one, hidden state included.
   """
-  own = sum(arrays) + max(working, max(arrays))
+  own = copy + max(working, reserve.handing)
   need = own + reserve.bytes if reserve.beside else max(own, reserve.bytes)
   return max(0, int(share * (free - need) // page))
 
@@ -135,8 +137,8 @@ def plan(config: ModelConfig, mesh: Mesh, *, num_pages: int, page_tokens: int, r
     gc.collect()                                                # the pool of the stage before may wait for it
     free = free_bytes(mesh)
     num_pages = (1 + 2 * rows * (widths[-1] + TAIL) if free is None else
-                 pages_in(free, share, array_bytes(config, params_lib.transformer_specs(config), mesh), working, reserve,
-                          each + hidden))
+                 pages_in(free, share, sum(array_bytes(config, params_lib.transformer_specs(config), mesh)), working,
+                          reserve, each + hidden))
   if num_pages < widths[-1] + TAIL + 2:
     raise ValueError(f'config.engine.num_pages={num_pages} of {page_tokens} tokens ({each / 2**20:.1f} MiB each; planned '
                      f'where the entry is 0, beside a working set of {working / 2**20:.0f} MiB and '

@@ -123,19 +123,21 @@ def make(config: Mapping[str, Any], topology: Topology, bucket: Bucket, phases: 
   s = sampler_lib.make(t.model.config, config['engine'], t.method.protocol.stops, config['sampler_mesh'],
                        topology.hosts[0])
   held, limit = resident.of_trainer(t), topology.chip.hbm_bytes
-  kept, notes = (), []
+  kept, handed, notes = (), (), []
   if not topology.ahead:
     notes.append('temporaries and collectives are those of a CPU\'s compiler for the same mesh')
   rows = t.rows(bucket)
   updating = _update_programs(t, bucket, topology, phases, say)
   if s is not None:
-    kept_for = trainer_lib.reserved(t, rows, updating)
+    handed = _hand_over(t, s, len(topology.hosts))
+    kept_for = trainer_lib.reserved(t, rows, updating, resident.total(handed))
     pages = sampler_lib.num_pages(s, limit - resident.total(held), topology.platform, kept_for)
     kept = resident.of_sampler(s, pages)
     notes += [_pool_note(s, pages, kept_for, topology), *_copies_note(s.mesh, t.model.config, 'sampler')]
   notes += _copies_note(mesh, t.model.config, 'update')
   items = [*held, *kept, Item(f'index ({config["retriever"].get("name")}: in host memory)', 0)]
-  found = [*_hand_over(t, s, items, limit, len(topology.hosts)), *_sampler_phase(t, s, pages if s else 0, items, limit, topology, phases, say),
+  found = [*([Phase('hand-over', [*items, *handed], (), 0, limit)] if handed else []),
+           *_sampler_phase(t, s, pages if s else 0, items, limit, topology, phases, say),
            *_update_phases(t, rows, updating, items, limit)]
   programs = {p.name: p for phase in found for p in phase.programs}
   assumptions = roofline.within(assumptions, config['length'], t.method.protocol.max_turns)
@@ -170,22 +172,10 @@ def _copies_note(mesh, config, what: str) -> list[str]:
       'that another device has too']
 
 
-def _hand_over(t: Trainer, s: Sampler | None, items: Sequence[Item], limit: int, num_hosts: int) -> list[Phase]:
-  """Between two steps: the new policy in the trainer's parts and in the sampler's, and what both forms share a moment.
-
-  Arrays that the sampler may give up are in both forms one at a time; otherwise all of them are.
-  """
-  if s is None:
-    return []
-  if not t.programs.fresh:
-    return [Phase('hand-over', [*items, Item('sampler copy, stacked', sampler_lib.weight_bytes(s))], (), 0, limit)]
-  table = params_lib.transformer_specs(s.config)
-  cast = memory.array_bytes(s.config, table, t.mesh)
-  more = [Item("policy, cast, in the trainer's parts", sum(cast)),
-          Item('largest array in both forms', max(sampler_lib.arrays(s)))]
-  if num_hosts > 1:
-    more.append(Item('largest array or layer, gathered over hosts', resident.largest_gathered(s.config)))
-  return [Phase('hand-over', [*items, *more], (), 0, limit)]
+def _hand_over(t: Trainer, s: Sampler, num_hosts: int) -> list[Item]:
+  """What lies beside the sampler's copy between two steps."""
+  arrays = memory.array_bytes(s.config, params_lib.transformer_specs(s.config), s.mesh)
+  return [Item(name, size) for name, size in reserve.handing(t.given, arrays, num_hosts).items()]
 
 
 def _sampler_phase(t: Trainer, s: Sampler | None, pages: int, items: Sequence[Item], limit: int, topology: Topology,
@@ -209,7 +199,7 @@ def _sampler_phase(t: Trainer, s: Sampler | None, pages: int, items: Sequence[It
 
 def _update_programs(t: Trainer, bucket: Bucket, topology: Topology, phases: Sequence[str], say) -> dict[str, Compiled]:
   """The programs of the phases that are asked for, by name."""
-  lowered = lambda t: reserve.lowered(t.programs, t.given, t.rows(bucket))
+  lowered = lambda t: reserve.lowered(t.given, t.rows(bucket))
   def virtual(name):
     mesh = parallel.make_mesh(dict(t.mesh.shape), jax.devices('cpu')[:t.mesh.size])
     return lowered(trainer_lib.make(t.config, mesh))[name]()

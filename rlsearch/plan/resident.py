@@ -106,10 +106,3 @@ def key_value_copies(config: ModelConfig, mesh: Mesh) -> int:
   whole = 2 * config.num_layers * config.head_size * size
   M = config.num_kv_heads
   return 0 if M % ways == 0 else int(whole * (M - M / ways))
-
-
-def largest_gathered(config: ModelConfig) -> int:
-  """Returns the bytes of the largest array, or layer of a stacked one, that is whole on a device while hosts exchange it."""
-  size = np.dtype(jnp.dtype(config.dtype)).itemsize
-  leaves = jax.tree.leaves(params_lib.transformer_specs(config), is_leaf=params_lib.is_param)
-  return max(math.prod(p.shape[1:] if len(p.shape) > 2 else p.shape) for p in leaves) * size

@@ -91,12 +91,7 @@ def make(config: ModelConfig, engine: Mapping[str, Any], stops: Sequence[str], s
 
 def weight_bytes(sampler: Sampler) -> int:
   """Returns the bytes of one copy of the policy on one device, in the dtype of activations."""
-  return sum(arrays(sampler))
-
-
-def arrays(sampler: Sampler) -> list[int]:
-  """Returns the bytes on one device of each array of that copy."""
-  return memory.array_bytes(sampler.config, params_lib.transformer_specs(sampler.config), sampler.mesh)
+  return sum(memory.array_bytes(sampler.config, params_lib.transformer_specs(sampler.config), sampler.mesh))
 
 
 def working_bytes(sampler: Sampler) -> int:
@@ -118,7 +113,7 @@ def num_pages(sampler: Sampler, free: int, platform: str, reserve: memory.Reserv
     return sampler.entry['num_pages']
   if platform == 'cpu':
     return 1 + 2 * sampler.rows * (sampler.widths[-1] + paged_model.TAIL)
-  return memory.pages_in(free, sampler.entry['memory_share'], arrays(sampler), working_bytes(sampler), reserve,
+  return memory.pages_in(free, sampler.entry['memory_share'], weight_bytes(sampler), working_bytes(sampler), reserve,
                          sampler.page_bytes)
 
 

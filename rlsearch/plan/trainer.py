@@ -12,7 +12,7 @@ from rlsearch.method import Method
 from rlsearch.models import assembly, variants
 from rlsearch.models.model import Model
 from rlsearch.plan.compiling import Compiled
-from rlsearch.reserve import Arguments
+from rlsearch.reserve import Trained
 from rlsearch.rollout.pack import Bucket
 from rlsearch.settings import Update
 from rlsearch.types import TrainState
@@ -28,7 +28,7 @@ class Trainer(NamedTuple):
   options: Update
   shard: Shardings
   programs: programs.Programs
-  given: Arguments
+  given: Trained
 
   @property
   def state(self) -> TrainState:
@@ -36,7 +36,7 @@ class Trainer(NamedTuple):
 
   def rows(self, bucket: Bucket) -> Block:
     """Returns the shapes of one bucket's rows."""
-    return reserve.block(self.programs, self.method, bucket, self.config['length']['total'])
+    return reserve.block(self.given, bucket, self.config['length']['total'])
 
 
 def vocabulary(model: Mapping[str, Any]) -> int:
@@ -63,11 +63,12 @@ def make(config: Mapping[str, Any], mesh: Mesh) -> Trainer:
   shard = update.shardings(model, tx, mesh)
   options = settings.section('updates', Update, config['updates'])
   made = programs.make_programs(model, method, tx, shard, mesh, options)
-  return Trainer(config, mesh, model, method, options, shard, made, reserve.arguments(model, tx, method, made))
+  return Trainer(config, mesh, model, method, options, shard, made, reserve.trained(model, tx, method, made))
 
 
-def reserved(trainer: Trainer, rows: Block, programs: Mapping[str, Compiled]) -> Reserve:
+def reserved(trainer: Trainer, rows: Block, programs: Mapping[str, Compiled], handing: int) -> Reserve:
   """Returns what a run would keep for its update; 0 bytes where accumulate and apply were not compiled, or do not fit."""
   own = {name: p.own for name, p in programs.items() if not p.failed}
   known = {'accumulate', 'apply'} <= own.keys()
-  return Reserve(reserve.needed(trainer.given, rows, own) if known else 0, trainer.options.off_policy_steps > 0)
+  needed = reserve.needed(trainer.given, rows, own) if known else 0
+  return Reserve(needed, trainer.options.off_policy_steps > 0, handing)
