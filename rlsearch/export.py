@@ -47,7 +47,7 @@ def export(workdir: epath.Path, folder: epath.Path, dtype: str, adapters: bool, 
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and not (folder / 'config.json').exists()
                           and not (folder / peft.CONFIG).exists()):
     raise ValueError(f'--folder={folder}: is there, and no checkpoint; wants a new folder or one to replace')
-  used = {entry['path'], entry['tokenizer'].get('path', ''), entry['lora'].get('path', '')} - {''}
+  used = {entry['path'], *(entry[name].get('path', '') for name in ('tokenizer', 'lora', 'critic_trunk'))} - {''}
   if str(folder.resolve()) in {str(epath.Path(path).resolve()) for path in used}:
     raise ValueError(f'--folder={folder}: the run starts from it; wants another one')
   model = assembly.get(entry, _vocab_size(entry, workdir))

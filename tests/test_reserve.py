@@ -113,9 +113,12 @@ class TestAgreement:
     with mock.patch.object(memory, 'free_bytes', free), mock.patch.object(memory, 'plan', spy), jax.log_compiles():
       with caplog.at_level(logging.WARNING):
         small_run.run(config, tmp_path, small_run.after(tmp_path / small_run.COLD / 'metrics.jsonl', 1))
-      once = [r.message for r in caplog.records if r.message.startswith('Compiling jit(step)')]
-      assert len(once) == 2, once                                  # accumulate and apply of the cold start
-      small_run.run(config, tmp_path)
+        once = [r.message for r in caplog.records if r.message.startswith('Compiling jit(step)')]
+        assert len(once) == 2, once                                # accumulate and apply of the cold start
+        caplog.clear()
+        small_run.run(config, tmp_path)
+      again = [r.message for r in caplog.records if r.message.startswith('Compiling jit(step)')]
+      assert len(again) == 5, again                                # and snapshot, accumulate and apply of the method
     first, again, last = plans
     assert first[0].bytes > 0 and first[0] == again[0] and first[2] == again[2]
     assert 0.9 < again[1] / first[1] < 1.1
