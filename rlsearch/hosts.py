@@ -42,11 +42,17 @@ class Hosts(NamedTuple):
     count: of all.
     names: host name of each.
     client: of the key-value store; None where there is one process.
+    coordinator: host of process 0, as all of them reach it.
   """
   index: int
   count: int
   names: tuple[str, ...]
   client: Any
+  coordinator: str = ''
+
+  def name(self, process: int) -> str:
+    """Returns how a process is called in messages."""
+    return f'{self.names[process]} (process {process})'
 
 
 class Absent(RuntimeError):
@@ -100,7 +106,7 @@ def start(coordinator: str, num_processes: int, process_id: int, detect: bool, s
       initialization_timeout=int(seconds), heartbeat_timeout_seconds=_DEAD_SECONDS,
       shutdown_timeout_seconds=_LEAVE_SECONDS, coordinator_bind_address=bind)
   from jax._src import distributed                     # the store has no public name; orbax takes it from here too
-  return Hosts(process_id, num_processes, names, distributed.global_state.client)
+  return Hosts(process_id, num_processes, names, distributed.global_state.client, host)
 
 
 def _detected(seconds: int) -> tuple[str, int, int, Any]:
@@ -151,7 +157,7 @@ def exchange(hosts: Hosts, title: str, value: str, seconds: float = AGREE_SECOND
     until = time.monotonic() + min(10.0, seconds)
     for i in range(hosts.count):
       _get(hosts.client, f'rlsearch/{title}/read/{i}', until)
-  missing = [f'{hosts.names[i]} (process {i})' for i, value in found.items() if value is None]
+  missing = [hosts.name(i) for i, value in found.items() if value is None]
   if missing:
     raise Absent(f'{title}: nothing from {", ".join(missing)} within {seconds:.0f} s')
   return [found[i] for i in range(hosts.count)]

@@ -17,7 +17,7 @@ REPO = pathlib.Path(__file__).parents[1]
 SLOTS = ('protocols', 'sampling', 'rewards', 'credit', 'objectives', 'schedules')
 # By the name behind 'rlsearch.', in fnmatch patterns; the name of a package stands for all that is in it.
 LAYERS = (
-    ('types', 'masked', 'parallel', 'hosts', 'rollcall', 'heartbeat', 'redact'),
+    ('types', 'masked', 'parallel', 'hosts', 'rollcall', 'crew*', 'heartbeat', 'redact'),
     ('data', 'models', 'envs'),
     ('engines', 'outside*', *SLOTS),
     ('rollout', 'update', 'optim'),

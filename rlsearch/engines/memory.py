@@ -1,7 +1,7 @@
 """How many pages a sampler gets: from the memory that is left, or from the paths it is to hold."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import gc
 import math
 from typing import Any, NamedTuple
@@ -47,7 +47,7 @@ def page_bytes(config: ModelConfig, page_tokens: int, tensor_ways: int = 1) -> i
 
 
 def plan(config: ModelConfig, mesh: Mesh, *, num_pages: int, page_tokens: int, rows: int, members: int,
-         widths: Sequence[int], own_width: int, share: float) -> Plan:
+         widths: Sequence[int], own_width: int, share: float, least: Callable[[int], int] = lambda n: n) -> Plan:
   """Returns the plan of one device.
 
   Where `num_pages` is 0: on a device that says how much memory it has, `share` of what is free now (the trainer's weights
@@ -64,6 +64,7 @@ def plan(config: ModelConfig, mesh: Mesh, *, num_pages: int, page_tokens: int, r
     widths: numbers of pages that there are programs for.
     own_width: pages of a group's member behind the shared ones.
     share: of free memory.
+    least: of the numbers that the processes of the mesh have planned: they run one program.
 
   Raises:
     ValueError: an impossible share, or no room for one path.
@@ -86,6 +87,7 @@ def plan(config: ModelConfig, mesh: Mesh, *, num_pages: int, page_tokens: int, r
       num_pages = int(free // (each + hidden))
     else:
       num_pages = 1 + 2 * rows * (widths[-1] + TAIL)
+    num_pages = least(num_pages)
   if num_pages < widths[-1] + TAIL + 2:
     raise ValueError(f'config.engine.num_pages={num_pages} of {page_tokens} tokens ({each / 2**20:.1f} MiB each; planned '
                      f'where the entry is 0, beside a working set of {working / 2**20:.0f} MiB): the longest path wants '

@@ -1,7 +1,7 @@
 """The sampler that computes each token once: keys and values in pages, branches in slots, searches beside decoding."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 import types
 from typing import Any, NamedTuple
@@ -10,7 +10,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
-from rlsearch import parallel
+from rlsearch import crew as crew_lib, parallel
+from rlsearch.crew import Crew
 from rlsearch.data import stops as stops_lib
 from rlsearch.data.tokenizer import Tokenizer
 from rlsearch.engines import memory, scoring
@@ -31,11 +32,12 @@ class Programs(NamedTuple):
   pool: Any
   prefill: Any
   decode: tuple[Any, ...]
+  placed: Any
 
 
-def paged(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *, rows: int, contexts: Sequence[int],
-          max_new_tokens: int, page_tokens: int, steps: int, chunk_rows: int, chunk_tokens: int, members: int = 1,
-          num_pages: int = 0, memory_share: float = 0.8, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
+def paged(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, crew: Crew = crew_lib.ALONE, *, rows: int,
+          contexts: Sequence[int], max_new_tokens: int, page_tokens: int, steps: int, chunk_rows: int, chunk_tokens: int,
+          members: int = 1, num_pages: int = 0, memory_share: float = 0.8, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
           logit_bias: Mapping[int, float] = types.MappingProxyType({})) -> Engine:
   """Returns an engine that keeps what it has computed.
 
@@ -59,6 +61,7 @@ def paged(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *, row
     tok: for the bytes of tokens and the end token.
     stops: strings that end a turn; the completing token is kept whole.
     mesh: the sampler's own: each device of data x fsdp has slots and a pool of its own; heads are divided over tensor.
+    crew: the processes that have its devices.  The leader's engine samples; those of the others run what it runs.
     rows: slots, all devices together; with `members` as many again for groups.
     contexts: lengths, rising; programs are made for contexts up to each of them.
     max_new_tokens: what a turn may sample.
@@ -77,28 +80,30 @@ def paged(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *, row
   shards = mesh.size // mesh.shape['tensor']
   _check(rows, shards, members, page_tokens, steps, chunk_rows, chunk_tokens, max_new_tokens)
   widths = memory.widths_of(contexts, max_new_tokens, page_tokens)
-  own_width = (page_tokens - 2 + max_new_tokens) // page_tokens + 1              # a page begun, and a whole turn
-  each = rows // shards
+  own_width, each = (page_tokens - 2 + max_new_tokens) // page_tokens + 1, rows // shards     # a page begun, a whole turn
   plan = memory.plan(model.config, mesh, num_pages=num_pages, page_tokens=page_tokens, rows=each, members=members,
-                     widths=widths, own_width=own_width, share=memory_share)
+                     widths=widths, own_width=own_width, share=memory_share, least=crew.least)
   _tell_of_copies(model.config, mesh, plan)
   rule = decode.restriction(tok.vocab_size, top_k, top_p, min_p, logit_bias)
   lanes = [Lane(shards, each, 1, page_tokens, widths, widths)]
   if members > 1:
     lanes.append(Lane(shards, each, members, page_tokens, widths, (own_width,)))
-  program = programs(model.config, tok, mesh, [lane.members for lane in lanes], steps, rule, plan, page_tokens)
+  program = programs(model.config, tok, mesh, [lane.members for lane in lanes], steps, rule, plan, page_tokens, crew.size > 1)
   automaton = parallel.to_replicated(stops_lib.automaton(tok.token_bytes, stops, tok.end_ids), mesh)
   schedule = Schedule(lanes, [Memory(plan.num_pages, plan.num_rows) for _ in range(shards)], page_tokens=page_tokens,
                       max_new_tokens=max_new_tokens, steps=steps, chunk_rows=chunk_rows, chunk_tokens=chunk_tokens,
                       width=widths[-1])
-  read = scoring.reader(scoring.mean_logp(model.config), mesh, rows, contexts)
-  return _engine(tok, program, schedule, automaton, read, plan)
+  reader = partial(scoring.reader, scoring.mean_logp(model.config), mesh=mesh, rows=rows, contexts=contexts, crew=crew)
+  return _engine(tok, program, schedule, automaton, reader, plan, crew)
 
 
-def _engine(tok: Tokenizer, program: Programs, schedule: Schedule, automaton: jax.Array, read: scoring.Reader,
-            plan: memory.Plan) -> Engine:
+def _engine(tok: Tokenizer, program: Programs, schedule: Schedule, automaton: jax.Array, reader: Callable[..., scoring.Reader],
+            plan: memory.Plan, crew: Crew) -> Engine:
   """The six functions of an engine over one state."""
   state = {'params': None, 'version': -1, 'pool': program.pool(), 'flying': [], 'idle': 0, 'scored_tokens': 0}
+
+  prefill, decode_slice = _mirrored(program, automaton, state, crew)
+  read = reader(lambda: state['params'])
 
   def set_params(params, version, own=False):
     state['flying'].clear()                              # sampled by the old policy, and thrown away
@@ -115,14 +120,11 @@ def _engine(tok: Tokenizer, program: Programs, schedule: Schedule, automaton: ja
     return finished
 
   def launch():
-    pool = state['pool']
     while (chunk := schedule.next_chunk()) is not None:
-      pool = program.prefill(state['params'], pool, chunk)
-    for lane, run, work in zip(schedule.lanes, program.decode, schedule.next_slices(), strict=True):
+      prefill(chunk)
+    for i, work in enumerate(schedule.next_slices()):
       if work is not None:
-        pool, out = run(state['params'], pool, work, automaton)
-        state['flying'].append((lane, out))
-    state['pool'] = pool
+        state['flying'].append((schedule.lanes[i], decode_slice(i, work)))
     schedule.dispatched()
     state['idle'] = 0 if state['flying'] or not schedule.waiting else state['idle'] + 1
     if state['idle'] > 3:
@@ -134,7 +136,7 @@ def _engine(tok: Tokenizer, program: Programs, schedule: Schedule, automaton: ja
     return finished
 
   def logprob(prefixes: Sequence[Ids], targets: Sequence[Ids]) -> np.ndarray:
-    values, tokens = scoring.read_targets(read, state['params'], prefixes, targets)
+    values, tokens = scoring.read_targets(read, prefixes, targets)
     state['scored_tokens'] += tokens
     return values
 
@@ -151,6 +153,17 @@ def _engine(tok: Tokenizer, program: Programs, schedule: Schedule, automaton: ja
     return taken
 
   return Engine(schedule.submit, poll, schedule.release, set_params, logprob, take_counts)
+
+
+def _mirrored(program: Programs, automaton: jax.Array, state: dict[str, Any], crew: Crew) -> tuple[Any, Any]:
+  """prefill(chunk) and decode(lane, slice) over the state's parameters and pool, on every process of the crew."""
+  def prefill(chunk):
+    state['pool'] = program.prefill(state['params'], state['pool'], program.placed(chunk))
+
+  def decode_slice(lane, work):
+    state['pool'], out = program.decode[lane](state['params'], state['pool'], program.placed(work), automaton)
+    return out
+  return crew.mirror(prefill), crew.mirror(decode_slice)
 
 
 def _tell_of_copies(config: ModelConfig, mesh: Mesh, plan: memory.Plan) -> None:
@@ -174,7 +187,7 @@ def _check(rows, shards, members, page_tokens, steps, chunk_rows, chunk_tokens, 
 
 
 def programs(config: ModelConfig, tok: Tokenizer, mesh: Mesh, members: Sequence[int], steps: int,
-              rule: decode.Restriction, plan: memory.Plan, page_tokens: int) -> Programs:
+              rule: decode.Restriction, plan: memory.Plan, page_tokens: int, several: bool = False) -> Programs:
   """Returns the jitted programs, each device of data x fsdp on its own; over tensor, XLA divides the heads.
 
   Args:
@@ -186,6 +199,8 @@ def programs(config: ModelConfig, tok: Tokenizer, mesh: Mesh, members: Sequence[
     rule: what may be drawn.
     plan: of the pool.
     page_tokens: S.
+    several: processes have the mesh's devices.  Each places its part of the inputs, and each device gets all that was
+      sampled: a process reads no other one's.
   """
   alone = tuple(axis for axis in mesh.axis_names if axis != 'tensor')
   manual = set(alone) if mesh.shape['tensor'] > 1 else set(mesh.axis_names)
@@ -202,11 +217,12 @@ def programs(config: ModelConfig, tok: Tokenizer, mesh: Mesh, members: Sequence[
   decodes = tuple(
       memory.Measured(jax.jit(on_each(partial(paged_model.decode_slice, config, steps, n, tok.vocab_size, tok.eos_id, rule),
                       (everywhere, mine, mine, everywhere), (mine, mine)),
-              donate_argnums=1, out_shardings=(pool_sharding, NamedSharding(mesh, mine)))) for n in members)
+              donate_argnums=1, out_shardings=(pool_sharding, NamedSharding(mesh, P() if several else mine)))) for n in members)
   return Programs(
       unstack=partial(paged_model.unstack, config, jax.jit(partial(paged_model.slices, config))),
       pool=jax.jit(lambda: paged_model.empty_pool(config, shards * plan.num_pages, page_tokens, shards * plan.num_rows),
                    out_shardings=pool_sharding),
-      prefill=memory.Measured(jax.jit(prefill, donate_argnums=1, out_shardings=pool_sharding)), decode=decodes)
+      prefill=memory.Measured(jax.jit(prefill, donate_argnums=1, out_shardings=pool_sharding)), decode=decodes,
+      placed=partial(parallel.placed, sharding=NamedSharding(mesh, mine)) if several else lambda work: work)
 
 
