@@ -104,6 +104,7 @@ def join(hosts: Hosts, size: int, title: str, stop: Stop, seconds: float = _JOIN
     if rank:
       line = lines_lib.reach(hosts, own, rank, json.loads(answers[own[0]]), deadline)
       return _follower(hosts, own, index, rank, size, line, stop)
+    print(f'sampler {index} of {hosts.count // size}: {", ".join(map(hosts.name, own))}', flush=True)
     return _leader(hosts, own, index, size, lines_lib.accept(hosts, own, server, bytes.fromhex(secret), deadline), stop)
 
 
