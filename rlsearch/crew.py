@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import itertools
 import json
+import pickle
 from multiprocessing.connection import Connection
 import secrets
 import threading
@@ -26,7 +27,8 @@ T = TypeVar('T')
 Stop = Callable[[], bool]
 Divide = Callable[[T, int], Sequence[T]]
 
-_JOIN_SECONDS = 300.0
+_JOIN_SECONDS = 1800.0             # for all to come: reading data lies before it
+_REACH_SECONDS = 300.0             # to connect, once they are there
 _ASK_SECONDS = 0.1                 # between two looks of a follower at whether it was asked to stop
 
 
@@ -72,15 +74,15 @@ def join(hosts: Hosts, size: int, title: str, stop: Stop, seconds: float = _JOIN
   """Returns this process's crew, once all of it are connected.
 
   Processes 0 to size - 1 are the first sampler, and so on: on a TPU slice and under Slurm, hosts with consecutive
-  numbers are neighbours.  The crew talks over a TCP connection between each follower and its leader, who both prove
-  that they know a secret that only the job's store holds.
+  numbers are neighbours.  The crew talks over a TCP connection from each follower to a free port of its leader; both
+  prove that they know a secret that they have from the job's store, which is as open as the coordinator's port is.
 
   Args:
     hosts: the job's.
     size: config.sampler_hosts.
     title: of this crew; each serves once in a job.
     stop: asked by `Crew.stop`, and while a follower follows.
-    seconds: to connect.
+    seconds: for all hosts to come.
 
   Raises:
     ValueError: the hosts cannot be divided so.
@@ -93,7 +95,7 @@ def join(hosts: Hosts, size: int, title: str, stop: Stop, seconds: float = _JOIN
   if size == 1:
     return alone(hosts.index, hosts.count, stop)
   index, rank = divmod(hosts.index, size)
-  own, deadline = members(index, size), time.monotonic() + seconds
+  own = members(index, size)
   with contextlib.ExitStack() as opened:
     said = ''
     if not rank:
@@ -101,6 +103,7 @@ def join(hosts: Hosts, size: int, title: str, stop: Stop, seconds: float = _JOIN
       secret = secrets.token_hex(32)
       said = json.dumps({'at': lines_lib.addresses(hosts), 'port': server.getsockname()[1], 'secret': secret})
     answers = hosts_lib.exchange(hosts, f'{title}: samplers', said, seconds)
+    deadline = time.monotonic() + min(seconds, _REACH_SECONDS)
     if rank:
       line = lines_lib.reach(hosts, own, rank, json.loads(answers[own[0]]), deadline)
       return _follower(hosts, own, index, rank, size, line, stop)
@@ -110,7 +113,7 @@ def join(hosts: Hosts, size: int, title: str, stop: Stop, seconds: float = _JOIN
 
 ## The talk.
 
-_RUN, _HAVE, _FAILED, _STOP, _LEAST = 'run', 'have', 'failed', 'stop', 'least'
+_RUN, _HAVE, _FAILED, _LOST, _STOP, _LEAST = 'run', 'have', 'failed', 'lost', 'stop', 'least'
 
 
 def _settled(value: T) -> T:
@@ -118,10 +121,8 @@ def _settled(value: T) -> T:
   return jax.block_until_ready(value) if jax.default_backend() == 'cpu' else value
 
 
-def _leader(hosts: Hosts, own: range, index: int, size: int, lines: Sequence[Connection], stop: Stop) -> Crew:
-  """The crew as its leader has it."""
-  calls, heard, order = itertools.count(), {'stop': False}, threading.Lock()
-
+def _talk(hosts: Hosts, own: range, lines: Sequence[Connection], state: dict[str, bool]):
+  """How a leader says something to a follower, and hears what one says; notes a wish to stop."""
   def send(rank, message):
     try:
       lines[rank - 1].send(message)
@@ -133,29 +134,44 @@ def _leader(hosts: Hosts, own: range, index: int, size: int, lines: Sequence[Con
       kind, *said = lines[rank - 1].recv()
     except (EOFError, OSError) as error:
       raise Absent(f'{hosts.name(own[rank])}, of this sampler, is gone') from error
-    heard['stop'] |= kind == _STOP
+    state['stop'] |= kind == _STOP
     return said
+  return send, hear
+
+
+def _leader(hosts: Hosts, own: range, index: int, size: int, lines: Sequence[Connection], stop: Stop) -> Crew:
+  """The crew as its leader has it."""
+  calls, state, order = itertools.count(), {'stop': False, 'open': False}, threading.Lock()
+
+  send, hear = _talk(hosts, own, lines, state)
 
   def mirror(call):
     number = next(calls)
     def called(*args):
       with order:                                              # tools call from threads of their own
+        if not state['open']:                                  # the followers are elsewhere, and would never start it
+          raise RuntimeError('what several hosts sample together is over')
         for rank in range(1, size):
           send(rank, (_RUN, number, args))
         return _settled(call(*args))
     return called
 
   def together(work, divide=None):
+    state['open'], messages = True, ()
     try:
       done = work()
       parts = [done] * size if divide is None else divide(done, size)
+      messages = [pickle.dumps((_HAVE, part)) for part in parts[1:]]
     except Exception as error:
-      for rank in range(1, size):
-        with contextlib.suppress(Absent):
-          send(rank, (_FAILED, str(error) or type(error).__name__))
+      kind = _LOST if hosts_lib.worth_again(error) else _FAILED
+      messages = [pickle.dumps((kind, str(error) or type(error).__name__))] * (size - 1)
       raise
-    for rank in range(1, size):
-      send(rank, (_HAVE, parts[rank]))
+    finally:
+      with order:
+        state['open'] = False
+        for line, message in zip(lines, messages, strict=False):
+          with contextlib.suppress(OSError):                   # one that is gone is missed when it is needed next
+            line.send_bytes(message)
     return parts[0]
 
   def least(number):
@@ -172,7 +188,7 @@ def _leader(hosts: Hosts, own: range, index: int, size: int, lines: Sequence[Con
     for rank in range(1, size):
       while lines[rank - 1].poll():
         hear(rank)
-    return stop() or heard['stop']
+    return stop() or state['stop']
 
   def close():
     for line in lines:
@@ -186,7 +202,7 @@ def _follower(hosts: Hosts, own: range, index: int, rank: int, size: int, line: 
   told = {'stop': False}
 
   def gone(error):
-    return Absent(f'{hosts.name(own[0])}, which leads this sampler, is gone ({error or type(error).__name__})')
+    return Absent(f'{hosts.name(own[0])}, which leads this sampler, is gone ({str(error) or type(error).__name__})')
 
   def hear():
     while True:
@@ -211,8 +227,8 @@ def _follower(hosts: Hosts, own: range, index: int, rank: int, size: int, line: 
         raise gone(error) from error
       if kind == _HAVE:
         return said[0]
-      if kind == _FAILED:
-        raise RuntimeError(f'{hosts.name(own[0])}, which leads this sampler: {said[0]}')
+      if kind in (_FAILED, _LOST):
+        raise (Absent if kind == _LOST else RuntimeError)(f'{hosts.name(own[0])}, which leads this sampler: {said[0]}')
       _settled(calls[said[0]](*said[1]))
 
   def least(number):

@@ -36,6 +36,8 @@ def accept(hosts: Hosts, own: range, server: socket.socket, secret: bytes, deadl
     server.settimeout(max(0.01, deadline - time.monotonic()))
     with contextlib.suppress(ValueError, EOFError, OSError), server.accept()[0] as connected:      # strangers knock too
       rank = _prove(connected, secret, 0)
+      if not 0 < rank < len(own):
+        raise ValueError(f'rank {rank} of {len(own)}')
       lines[rank] = _line(connected)
   missing = [hosts.name(own[r]) for r in range(1, len(own)) if r not in lines]
   if missing:
@@ -60,25 +62,27 @@ def reach(hosts: Hosts, own: range, rank: int, leader: Mapping[str, Any], deadli
 
 
 def _prove(connected: socket.socket, secret: bytes, rank: int) -> int:
-  """Returns the other side's rank once each has proved that it knows the secret: HMAC-SHA256 over both sides' nonces.
+  """Returns the other side's rank once each, within 5 s, has proved that it knows the secret: HMAC-SHA256 over both sides' nonces.
 
   Raises:
     ValueError: it does not.
   """
+  deadline = time.monotonic() + _PROOF_SECONDS
   connected.settimeout(_PROOF_SECONDS)
   mine = rank.to_bytes(4, 'big') + secrets.token_bytes(32)
   connected.sendall(mine)
-  theirs = _exactly(connected, len(mine))
+  theirs = _exactly(connected, len(mine), deadline)
   proof = lambda first, second: hmac.digest(secret, first + second, 'sha256')
   connected.sendall(proof(mine, theirs))
-  if theirs == mine or not hmac.compare_digest(_exactly(connected, 32), proof(theirs, mine)):
+  if theirs == mine or not hmac.compare_digest(_exactly(connected, 32, deadline), proof(theirs, mine)):
     raise ValueError('another job\'s secret')
   return int.from_bytes(theirs[:4], 'big')
 
 
-def _exactly(connected: socket.socket, size: int) -> bytes:
+def _exactly(connected: socket.socket, size: int, deadline: float) -> bytes:
   found = b''
   while len(found) < size:
+    connected.settimeout(max(0.01, deadline - time.monotonic()))
     if not (part := connected.recv(size - len(found))):
       raise EOFError('the connection was closed')
     found += part

@@ -198,7 +198,7 @@ def make_evaluate(splits: Mapping[str, tuple[Question, ...]], render: Render, en
     source = Source(len(questions), lambda position: questions[position])
     grow = grow_lib.make_grow(plan, {}, source, render, engine, tools)
     key = (seed + _SEED_OFFSET * (1 if MODES[mode] else 2), step)          # a mode's nodes are its own
-    grown = crew.together(lambda: grow(Cursor(0, 1), num, key, {'temperature': MODES[mode]}, stop))
+    grown = crew.together(lambda: grow(Cursor(0, 1), num, key, {'temperature': MODES[mode]}, stop), grow_lib.for_one)
     if not grown.complete:
       return None
     episodes = [forest_lib.episode(grown.forest, row, key) for row in plan.rows(grown.forest)]

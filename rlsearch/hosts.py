@@ -59,6 +59,11 @@ class Absent(RuntimeError):
   """A process of the job is not there, or not any more: starting all of them again may help."""
 
 
+def worth_again(error: BaseException) -> bool:
+  """Returns whether the job may go on where it starts again: a host or a device was lost; what does not fit, won't."""
+  return isinstance(error, Absent) or isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' not in str(error)
+
+
 ALONE = Hosts(0, 1, (socket.gethostname(),), None)
 
 

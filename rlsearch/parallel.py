@@ -67,7 +67,7 @@ def _arranged(devices: Sequence[jax.Device], sizes: Sequence[int]) -> np.ndarray
       return mesh_utils.create_hybrid_device_mesh((1, *sizes[1:]), (sizes[0],) + (1,) * (len(sizes) - 1), devices,
                                                   allow_split_physical_axes=True)
     return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-  except NotImplementedError:                                  # no arrangement of that shape is known
+  except (NotImplementedError, AssertionError):                # none of that shape is known, or they are no cuboid
     return np.asarray(devices).reshape(sizes)
 
 
@@ -154,7 +154,7 @@ def placed(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def to_replicated(tree: Any, mesh: Mesh) -> Any:
-  """Returns the tree on every device of `mesh`, this host's own; every host calls it with the same arrays."""
+  """Returns the tree on every device of `mesh`, a sampler's; every host calls it with the same arrays."""
   return to_local(tree, replicated(mesh))
 
 

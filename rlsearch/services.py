@@ -121,12 +121,24 @@ def sampler_mesh(config: Mapping[str, Any], model: ModelConfig | Module, crew: C
   for axis in config['sampler_mesh']:
     if axis not in ('data', 'tensor'):
       raise ValueError(f'config.sampler_mesh.{axis}: unknown axis; known: data, tensor')
-  own = crew_lib.members(crew.index, crew.size)
-  devices = jax.local_devices() if crew.size == 1 else [d for d in jax.devices() if d.process_index in own]
+  devices = jax.local_devices() if crew.size == 1 else _devices_of(crew)
   mesh = parallel.make_mesh(config['sampler_mesh'], devices, 'config.sampler_mesh')
   if isinstance(model, ModelConfig):
     kernels.check_heads(model, mesh, 'config.sampler_mesh')
   return mesh
+
+
+def _devices_of(crew: Crew) -> list[jax.Device]:
+  """The devices of several hosts, in JAX's order."""
+  own, said = crew_lib.members(crew.index, crew.size), f'config.sampler_hosts={crew.size}'
+  if jax.process_index() != own[crew.rank]:
+    raise ValueError(f'{said}: process {own[crew.rank]} of the job is JAX\'s process {jax.process_index()}; wants the same '
+                     'number, or no host knows whose devices are whose')
+  devices = [d for d in jax.devices() if d.process_index in own]
+  slices = sorted({getattr(d, 'slice_index', 0) for d in devices})
+  if len(slices) > 1:
+    raise ValueError(f'{said}: processes {list(own)} lie in slices {slices}; wants hosts of one slice as one sampler')
+  return devices
 
 
 def check_sampler(config: Mapping[str, Any]) -> None:
@@ -136,7 +148,7 @@ def check_sampler(config: Mapping[str, Any]) -> None:
   if config['sampler_hosts'] == 1:
     return
   if name not in engines.OVER_HOSTS:
-    raise ValueError(f'{said}, config.engine.name={name!r}: samples on one host\'s devices; known for several: '
+    raise ValueError(f'{said}, config.engine.name={name!r}: cannot be one sampler of several hosts; known: '
                      f'{list(engines.OVER_HOSTS)}')
   if behind:
     raise ValueError(f'{said}, config.updates.off_policy_steps={behind}: hosts that sample together start their programs in '

@@ -33,7 +33,7 @@ class TestDivide:
     number = np.arange(2.0 * len(rows)).reshape(-1, 2)
     scored = Scored({'em': number}, {'em': number > 3}, number[:, 0] > 2, {**outcomes, (0, 1, 3, 0, 'judge'): Outcome('ok', 1)})
     whole = ahead.Rollout({'h': 1}, Grown(forest, outcomes, Cursor(20, 1), True), rows, [f'episode {r}' for r in rows], scored,
-                          {'tokens': 7})
+                          {'tokens': 7, 'kv_pages': 9})
     parts = ahead.divide(whole, 3)
     assert [sorted(p.grown.forest) for p in parts] == [[3, 9], [4, 12], [5]]
     for p in parts:
@@ -44,7 +44,7 @@ class TestDivide:
       np.testing.assert_array_equal(p.scored.given['em'], number[at] > 3)
       assert {uid[2] for uid in (*p.grown.outcomes, *p.scored.outcomes)} <= set(p.grown.forest)
     assert sum(len(p.scored.outcomes) for p in parts) == len(scored.outcomes)
-    assert [p.counts for p in parts] == [{'tokens': 7}, {'tokens': 0}, {'tokens': 0}]
+    assert [p.counts for p in parts] == [{'tokens': n, 'kv_pages': 9} for n in (3, 2, 2)]
 
   def test_more_hosts_than_questions(self):
     scored = Scored({'em': np.ones((1, 2))}, {'em': np.ones((1, 2), bool)}, np.ones(1, bool), {})

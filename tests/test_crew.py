@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 import small_run
@@ -62,14 +63,16 @@ class TestJoin:
     """One that knows the port but not the secret, one that says nothing, and one that echoes what it hears."""
     monkeypatch.setattr(crew_lines, '_PROOF_SECONDS', 1.0)
     server = rollcall.server('127.0.0.1', 0)
-    at, heard = server.getsockname(), {}
+    at, heard, refused = server.getsockname(), {}, []
 
     def stranger(kind):
       with socket.create_connection(at) as line:
         line.settimeout(5.0)
         if kind == 'wrong':
-          with pytest.raises((ValueError, EOFError, OSError)):
+          try:
             crew_lines._prove(line, b'other', 1)
+          except (ValueError, EOFError, OSError) as error:
+            refused.append(error)
         try:
           while part := line.recv(64):
             heard[kind] = heard.get(kind, b'') + part
@@ -89,6 +92,8 @@ class TestJoin:
     for thread in (*others, friend):
       thread.join(20)
     server.close()
+    assert len(refused) == 1 and len(heard['silent']) == 36, heard
+    assert all(len(said) <= 36 + 32 for said in heard.values())             # a nonce and a proof, and never a message
 
 
 class TestTogether:
@@ -114,7 +119,49 @@ class TestTogether:
       crew.together(lambda: [][1])
     found = crews(2, 2, work)
     assert isinstance(found[0], IndexError)
-    assert isinstance(found[1], RuntimeError) and str(found[1]) == 'a (process 0), which leads this sampler: list index out of range'
+    assert type(found[1]) is RuntimeError and str(found[1]) == 'a (process 0), which leads this sampler: list index out of range'
+
+  def test_what_may_go_on_when_started_again_may_on_all(self):
+    """Exit codes decide whether a cluster starts a job again: one host's must not forbid it where another lost a device."""
+    for error, kinds in ((Absent('b is gone'), (Absent, Absent)),
+                         (jax.errors.JaxRuntimeError('UNAVAILABLE: device lost'), (jax.errors.JaxRuntimeError, Absent)),
+                         (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: 9 GiB'), (jax.errors.JaxRuntimeError, RuntimeError))):
+      def work(crew, error=error):
+        def lead():
+          raise error
+        crew.together(lead)
+      found = crews(2, 2, work)
+      assert tuple(map(type, found)) == kinds and str(error) in str(found[1])
+
+  def test_what_cannot_be_sent_is_said(self):
+    found = crews(2, 2, lambda crew: crew.together(lambda: threading.Lock()))
+    assert isinstance(found[0], TypeError) and type(found[1]) is RuntimeError and 'pickle' in str(found[1])
+
+  def test_a_tool_that_is_late_starts_nothing_that_the_others_would_miss(self):
+    """Its thread goes on while the leader is through: what it sends then would be behind the followers' part."""
+    def work(crew):
+      ran, refused, going = [], [], threading.Event()
+      run = crew.mirror(lambda x: ran.append(x.size))
+      def tool():
+        try:
+          while True:
+            run(np.zeros(100_000))
+            going.set()
+        except RuntimeError as error:
+          refused.append(str(error))
+      thread = threading.Thread(target=tool)
+      def lead():
+        thread.start()
+        assert going.wait(20)
+        return 'part'
+      part = crew.together(lead)
+      if not crew.rank:
+        thread.join(20)
+        assert refused == ['what several hosts sample together is over']
+      return part, ran, crew.together(lambda: 'next')
+    for _ in range(5):
+      leader, follower = crews(2, 2, work)
+      assert leader == follower and leader[0] == 'part' and leader[2] == 'next' and leader[1]
 
   def test_one_that_is_gone_is_named(self):
     def work(crew):

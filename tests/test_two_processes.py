@@ -99,24 +99,24 @@ def one(tmp_path_factory, cache):
   return np.load(folder / '0.npz')
 
 
-def same_as_one(both, one):
-  """Rollouts, rewards and advantages of two processes are those of one, and so are gradients, parameters and losses."""
+def same_as_one(several, one):
+  """Rollouts, rewards and advantages of several processes are those of one, and so are gradients, parameters, losses."""
   rows = lambda found, step: sorted(
       (t.tobytes(), tuple(r.ravel()), a.max(), a.min())
       for t, r, a in zip(found[f'{step}/tokens'], found[f'{step}/rewards'], found[f'{step}/advantage'], strict=True))
   part = lambda found, start: {name: found[name] for name in found.files if name.startswith(start)}
   for step in range(STEPS):
-    assert [len(found[f'{step}/tokens']) for found in both] == [8, 8]
-    together, alone = sorted(rows(both[0], step) + rows(both[1], step)), rows(one, step)
+    assert [len(found[f'{step}/tokens']) for found in several] == [16 // len(several)] * len(several)
+    together, alone = sorted(row for found in several for row in rows(found, step)), rows(one, step)
     assert [r[:2] for r in together] == [r[:2] for r in alone]
     np.testing.assert_allclose([r[2:] for r in together], [r[2:] for r in alone], atol=1e-6)
     assert any(r[2] > 0 for r in together)                     # there is something to learn
     wanted = part(one, f'{step}/grads')
     assert sum(np.any(g) for g in wanted.values()) > 8
-    for found in both:
+    for found in several:
       assert relative(part(found, f'{step}/grads'), wanted) < 1e-5
       assert {n: g.tobytes() for n, g in part(found, f'{step}/grads').items()} == \
-             {n: g.tobytes() for n, g in part(both[0], f'{step}/grads').items()}
+             {n: g.tobytes() for n, g in part(several[0], f'{step}/grads').items()}
       assert relative(part(found, f'{step}/params'), part(one, f'{step}/params')) < 1e-5
       assert found[f'{step}/loss'] == pytest.approx(float(one[f'{step}/loss']), abs=1e-5)
   first, last = part(one, '0/params'), part(one, f'{STEPS - 1}/params')
@@ -124,10 +124,11 @@ def same_as_one(both, one):
 
 
 @pytest.mark.slow
-class TestOneSampler:
-  """Both hosts are one sampler: process 0 leads, process 1 runs what it runs, and each updates with its own questions."""
+class TestSamplersOfTwoHosts:
+  """Four processes with two devices each are two samplers: 0 and 2 lead, 1 and 3 run what they run, and each process
+  updates with its own questions."""
 
-  ARGUMENTS = ('--', '--config.sampler_hosts=2')
+  ARGUMENTS = ('--processes=4', '--devices=2', '--', '--config.sampler_hosts=2')
 
   def run(self, folder, cache, *arguments, act=None, **env):
     launched = Launched(folder / 'run', cache, *arguments, *self.ARGUMENTS, **env)
@@ -143,13 +144,13 @@ class TestOneSampler:
   def test_gives_what_one_gives_and_goes_on_after_a_follower_was_preempted(self, one, cache, tmp_path):
     (tmp_path / 'seen').mkdir()
     self.run(tmp_path, cache, '--restarts=0', SEEN=str(tmp_path / 'seen'))
-    same_as_one([np.load(tmp_path / 'seen' / f'{i}.npz') for i in range(2)], one)
+    same_as_one([np.load(tmp_path / 'seen' / f'{i}.npz') for i in range(4)], one)
 
     def preempt(launched):
       launched.wait_for(lambda: len(small_run.lines(tmp_path / 'stopped' / 'run' / RL / 'metrics.jsonl')) >= 1)
       os.kill(launched.pid('1'), signal.SIGTERM)
     said = self.run(tmp_path / 'stopped', cache, '--restarts=1', act=preempt)
-    assert said.count('launcher: exit codes [3, 3]') == 1 and f'{RL}: stopped; saved step' in said, said
+    assert said.count('launcher: exit codes [3, 3, 3, 3]') == 1 and f'{RL}: stopped; saved step' in said, said
     assert small_run.differences(tmp_path / 'run', tmp_path / 'stopped' / 'run', (RL,)) == []
 
 

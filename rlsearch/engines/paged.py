@@ -159,6 +159,7 @@ def _mirrored(program: Programs, automaton: jax.Array, state: dict[str, Any], cr
   """prefill(chunk) and decode(lane, slice) over the state's parameters and pool, on every process of the crew."""
   def prefill(chunk):
     state['pool'] = program.prefill(state['params'], state['pool'], program.placed(chunk))
+    return state['pool']
 
   def decode_slice(lane, work):
     state['pool'], out = program.decode[lane](state['params'], state['pool'], program.placed(work), automaton)

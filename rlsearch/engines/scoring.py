@@ -40,11 +40,11 @@ def reader(fn: Callable[..., jax.Array], params: Callable[[], Params], mesh: Mes
     fn: (params, tokens i32[rows, C], lengths i32[rows], marks bool[rows, C]) -> f32[rows]; jitted here.
     params: what `fn` is given, as it lies when something is read.
     mesh: the sampler's own.
-    rows: of one call; a multiple of the mesh's devices.
+    rows: of one call, at least; a multiple of the mesh's devices is taken.
     contexts: lengths that a sequence is padded to, rising.
     crew: the processes that have the mesh's devices.
   """
-  by_rows = NamedSharding(mesh, P(mesh.axis_names))
+  by_rows, rows = NamedSharding(mesh, P(mesh.axis_names)), -(-rows // mesh.size) * mesh.size
   compiled = jax.jit(fn, out_shardings=by_rows if crew.size == 1 else parallel.replicated(mesh))    # parameters as they lie
   run = crew.mirror(lambda *batch: compiled(params(), *parallel.placed(batch, by_rows)))
 

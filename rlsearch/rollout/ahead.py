@@ -31,8 +31,10 @@ class Rollout(NamedTuple):
 
 
 def divide(rollout: Rollout, size: int) -> list[Rollout]:
-  """Returns the parts of `size` processes that sampled it together: each n-th question with its rows; calls go with
-  their questions, and what the sampler counted to the first."""
+  """Returns the parts of `size` processes that sampled it together: each n-th question with its rows.
+
+  Calls go with their questions; what the sampler counted is divided equally, but for its memory (kv_*), which all have.
+  """
   order, forest, scored = sorted(rollout.grown.forest), rollout.grown.forest, rollout.scored
   parts = []
   for n in range(size):
@@ -44,7 +46,7 @@ def divide(rollout: Rollout, size: int) -> list[Rollout]:
         rollout.hypers, rollout.grown._replace(forest={q: forest[q] for q in order[n::size]}, outcomes=of_own(rollout.grown.outcomes)),
         [rollout.rows[b] for b in at], [rollout.episodes[b] for b in at],
         Scored(cut(scored.values), cut(scored.given), scored.scored[at], of_own(scored.outcomes)),
-        {name: x if n == 0 else 0 for name, x in rollout.counts.items()}))
+        {name: x if name.startswith('kv_') else x // size + (n < x % size) for name, x in rollout.counts.items()}))
   return parts
 
 

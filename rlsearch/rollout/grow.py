@@ -26,7 +26,7 @@ def for_one(grown: Grown, size: int) -> list[Grown]:
 
 
 def _plant(source: Source, cursor: Cursor, num: int, render: Render) -> tuple[dict[int, Tree], Cursor]:
-  """Fresh trees for the next `num` questions of this host."""
+  """Fresh trees for the next `num` questions of this sampler."""
   positions = range(cursor.position, cursor.position + num * cursor.stride, cursor.stride)
   trees = {p: render_lib.plant(render, source.get(p)) for p in positions}
   return trees, cursor._replace(position=cursor.position + num * cursor.stride)
