@@ -14,6 +14,7 @@ torch's bytes are its peak above what it held before.  On a CPU seconds are the 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pathlib
 import statistics
@@ -37,18 +38,12 @@ class Case(NamedTuple):
   chunk: int
 
 
-class UpdatePeer(common.Peer):
-  """peer_update.py in the peers' environment."""
-
-  def __init__(self, args: argparse.Namespace, options: dict[str, Any] | None = None):
-    import json
-    import subprocess
-    command = [args.peer_python, str(common.HERE / 'peer_update.py'), f'--threads={args.threads}',
-               f'--device={args.device}', f'--options={json.dumps(options or {})}']
-    self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                    text=True, bufsize=1)
-    self.about = self._read()
-    print(f'peer: {self.about}', flush=True)
+def update_peer(args: argparse.Namespace, options: dict[str, Any] | None = None) -> common.Peer:
+  """Returns peer_update.py in the peers' environment."""
+  peer = common.Peer(args.peer_python, 'peer_update.py', f'--threads={args.threads}', f'--device={args.device}',
+                     f'--options={json.dumps(options or {})}')
+  print(f'peer: {peer.about}', flush=True)
+  return peer
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -168,7 +163,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
   from rlsearch import runs
   runs.keep_freed_memory()                                      # as the trainer does
   case = Case(args.tokens, args.width, args.vocab, args.dtype, args.chunk)
-  peer = UpdatePeer(args) if args.peer_python else None
+  peer = update_peer(args) if args.peer_python else None
   program, given = compiled(case), draw(case, args.seed)
   inputs = [given[n] for n in ('hidden', 'table', 'targets', 'g_logp', 'g_entropy')]
   call = lambda: jax.block_until_ready(program(*inputs))
