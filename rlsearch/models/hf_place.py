@@ -26,7 +26,7 @@ STORED = {'F32': np.dtype(np.float32), 'BF16': jnp.dtype(jnp.bfloat16), 'F16': n
 CHUNK = 8 << 20       # bytes of a buffer: fits a cache, and a disk's request
 WORKERS = {False: 4, True: 16}    # threads that read, by whether files are remote: there one waits for the network
 TILE, PAD = (512, 128), 16        # rows and columns that are turned at once: both copies fit a cache; see `put`
-SPARE = 4 * TILE[0] * (2 * TILE[1] + PAD)
+SPARE = 4 * TILE[0] * (2 * TILE[1] + PAD)     # whole pages
 PIECE = 1 << 17       # elements that are cast at once
 ALIGN = 64            # of host arrays, so that a CPU device takes them as they are
 
@@ -238,15 +238,14 @@ def count(spans: Sequence[Span]) -> int:
 
 def direct(desk: Desk, jobs: Sequence[Job], dtype: np.dtype) -> list[jax.Array]:
   """Returns the jobs' arrays on CPU devices, filled by threads; each device's memory is the array that was filled."""
-  own, size = threading.local(), desk.chunk - SPARE - 2 * PAGE
-  if size < max(4 * SPARE, desk.widest):      # too little to give a part of it away
-    size = desk.chunk
+  own, size = threading.local(), desk.chunk - SPARE - 3 * PAGE
+  small = size < max(4 * SPARE, desk.widest)  # too little to give a part of it away
 
   def run(task: Task) -> None:
-    if not hasattr(own, 'buffer'):
+    if not hasattr(own, 'parts'):
       desk.hold(desk.chunk)
-      own.buffer = file_bytes.aligned((desk.chunk,), np.uint8, PAGE)
-      own.parts = (own.buffer[:-SPARE], own.buffer[-SPARE:]) if size < desk.chunk else (own.buffer, None)
+      buffer = np.empty(desk.chunk, np.uint8) if small else file_bytes.aligned((desk.chunk - PAGE,), np.uint8, PAGE)
+      own.parts = (buffer, None) if small else (buffer[SPARE:], buffer[:SPARE])
     fetch_rows(desk, task, *own.parts)
 
   arrays, todo = [], []
@@ -254,7 +253,7 @@ def direct(desk: Desk, jobs: Sequence[Job], dtype: np.dtype) -> list[jax.Array]:
     layout = hf_table.layout(job.p)
     arrays.append({part: file_bytes.aligned([b - a for a, b in part.index], dtype, ALIGN) for part in parts(job)})
     held = [Held(part, matrices(layout, part, array)) for part, array in arrays[-1].items()]
-    todo += tasks(job, held, size)
+    todo += tasks(job, held, desk.chunk if small else size)
   todo.sort(key=lambda task: (task.tensor.file.name, task.tensor.start, task.start))    # as a disk likes it
   with concurrent.futures.ThreadPoolExecutor(desk.workers) as pool:
     pending = [pool.submit(run, task) for task in todo]
