@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import config_flags
 
-from rlsearch import (checkpoint, crew as crew_lib, engines, evaluate as evaluate_lib, hosts as hosts_lib, job, logs,
+from rlsearch import (checkpoint, crew as crew_lib, engines, evaluate as evaluate_lib, hosts as hosts_lib, inputs, job, logs,
                       method as method_lib, outside, parallel, profiling, runs, services, settings, update, weights)
 from rlsearch.checkpoint import Run
 from rlsearch.evaluate import Evals
@@ -211,8 +211,9 @@ def run_stages(config: Any, workdir: epath.Path, overwrite: bool, until: str = '
   Raises:
     ValueError: an impossible config, hosts that differ, or no stage of that name; and what `train` raises.
   """
-  hosts_lib.agree(around.hosts, 'start', runs.start_items(settings.plain(config), until))
   plain = settings.plain(config)
+  hosts_lib.agree(around.hosts, 'start', runs.start_items(plain, until))
+  inputs.agree(around.hosts, plain)
   stages = settings.stages(plain)
   for stage in stages.values():                               # a bad bucket of the last one fails now, not then
     settings.lengths(stage, parallel.make_mesh(stage['mesh']))
