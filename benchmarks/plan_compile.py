@@ -26,7 +26,7 @@ BARS = {
     '7b-v6e': ('v6e:8x8', [f'--config={GRPO}:qwen2_5_7b', '--mesh=fsdp=16,tensor=4', '--sampler_mesh=tensor=4',
                            '--config.engine.rows=80']),
     '3b-v5e': ('v5e:4x4', [f'--config={GRPO}:qwen2_5_3b', '--mesh=fsdp=16', '--sampler_mesh=data=2,tensor=2',
-                           '--config.engine.rows=40', '--config.engine.num_pages=3500',
+                           '--config.engine.rows=40',
                            '--config.updates.microbatch_rows=16']),
     '30b-v5p': ('v5p:4x4x4', [f'--config={GRPO}:qwen2_5_7b', '--config.model.variant=qwen3_30b_a3b',
                               '--mesh=fsdp=8,expert=8', '--sampler_mesh=tensor=4']),

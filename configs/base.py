@@ -24,7 +24,7 @@ def get_config():
   c.sampler_mesh = dict(data=-1, tensor=1)                    # of each host's own devices, or of sampler_hosts together
   c.sampler_hosts = 1                                         # that are one sampler: for a model too large for one
   c.model = dict(variant='tiny', path='', shape=dict(dtype='', remat='', attention='', vocab_chunk=0), tokenizer=dict(vocab_size=1000), init='normal', lora={}, critic='none',
-                 reference=True, reward='none', modules={})
+                 critic_trunk={}, reference=True, frozen_dtype='float32', reward='none', modules={})
   c.data = dict(questions_per_step=1, first_position=0, source=dict(name='files', corpus_path='', train='', validation='', test='',
                                                   format=None, seed=-1))
   c.retriever = dict(name='bm25', topk=3)
@@ -32,7 +32,7 @@ def get_config():
   c.reward_module = dict(stage='')
   c.tools = dict(deadline_seconds=60.0, workers=1, max_batch=256, max_queued=4096, watch_seconds=30.0, per_tool={})
   c.engine = dict(name='paged', rows=64, contexts=(512, 1024, 2048, 4096), max_new_tokens=512, page_tokens=64, steps=32,
-                  chunk_rows=4, chunk_tokens=128, members=1, num_pages=0, memory_share=0.8)
+                  chunk_rows=4, chunk_tokens=128, members=1, num_pages=0, memory_share=0.9)
   # buckets: shapes that the update is compiled for, (sequences, tokens of each).  Where updates.layout is 'shared', a
   # sequence holds up to updates.sequence_rows rows, and once what they have in common; the longest bucket says how
   # many tokens fit, the shorter ones serve what is left.
@@ -50,9 +50,13 @@ def get_config():
 
 
 def _language_model(variant):
-  """Scale of a published checkpoint; --config.model.path names its folder, whose tokenizer is taken too."""
+  """Scale of a published checkpoint; --config.model.path names its folder, whose tokenizer is taken too.
+
+  The reference, or the base under adapters, is kept in bfloat16, in which these checkpoints are published: half the
+  bytes, and the same numbers bit for bit (models.params.kept_in).
+  """
   return dict(
-      model=dict(variant=variant, tokenizer=dict(path='')),
+      model=dict(variant=variant, tokenizer=dict(path=''), frozen_dtype='bfloat16'),
       retriever=ConfigDict(dict(name='http', url='http://127.0.0.1:8000/retrieve', topk=3)),
       engine=dict(rows=320, members=5),
       updates=dict(microbatch_rows=64))

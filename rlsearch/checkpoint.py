@@ -17,6 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from rlsearch.models import params as params_lib
 from rlsearch.types import Memory, Params, TrainState
 
 
@@ -82,11 +83,9 @@ def is_whole(folder: epath.Path) -> bool:
 
 
 def load_params(folder: epath.Path, shardings: Params, specs: Params) -> Params:
-  """Returns parameters as `save_params` wrote them, placed by `shardings`."""
-  abstract = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, np.float32, sharding=s), specs, shardings,
-                          is_leaf=lambda x: hasattr(x, 'fan_in'))
+  """Returns parameters as `save_params` wrote them, placed by `shardings`, in the dtypes of the table."""
   with ocp.StandardCheckpointer() as saver:
-    return saver.restore(whole(folder), abstract)
+    return saver.restore(whole(folder), params_lib.abstract(specs, shardings))
 
 
 def load_groups(folder: epath.Path, specs: Params, shardings: Params) -> Params:
@@ -97,8 +96,7 @@ def load_groups(folder: epath.Path, specs: Params, shardings: Params) -> Params:
     specs: tables by 'trainable' or 'frozen' and group.
     shardings: where they go.
   """
-  example = {'state': jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, np.float32, sharding=s), specs, shardings,
-                                   is_leaf=lambda x: hasattr(x, 'fan_in'))}
+  example = {'state': params_lib.abstract(specs, shardings)}
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
     return reader.restore(whole(folder / 'default'), args=ocp.args.PyTreeRestore(
         example, ocp.checkpoint_utils.construct_restore_args(example), partial_restore=True))['state']

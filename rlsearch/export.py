@@ -28,7 +28,7 @@ BESIDE = ('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'special
           'vocab.json', 'merges.txt', 'chat_template.jinja', 'chat_template.json')
 
 
-def export(workdir: epath.Path, folder: epath.Path, dtype: str, adapters: bool) -> Policy:
+def export(workdir: epath.Path, folder: epath.Path, dtype: str, adapters: bool, per_expert: bool = False) -> Policy:
   """Writes a run's newest policy to a folder; returns which one it was.
 
   Args:
@@ -36,6 +36,7 @@ def export(workdir: epath.Path, folder: epath.Path, dtype: str, adapters: bool) 
     folder: to make; one of that name is replaced, if it is a folder of a checkpoint or empty.
     dtype: of the weights.
     adapters: the adapters alone, where the policy is adapters on a frozen base.
+    per_expert: those of experts one by one, not stacked as transformers 5 has them.
 
   Raises:
     ValueError: no run, no policy, a folder that holds something else, or a model that has no such folder.
@@ -58,7 +59,7 @@ def export(workdir: epath.Path, folder: epath.Path, dtype: str, adapters: bool) 
     if not entry['lora']:
       raise ValueError(f'--adapters: config.model.lora of {policy.stage!r} is empty; its policy is whole')
     peft.export(folder, model.config, _adapters(policy, model, workdir), entry['lora']['alpha'],
-                entry['path'] or 'the base that the run started from', dtype)
+                entry['path'] or 'the base that the run started from', dtype, stacked=not per_expert)
     return policy
   said = hf_read.generation(entry['path']) if entry['path'] else hf.Generation()
   hf.export(folder, model.config, agent.load_params(policy, model, mesh), dtype, said=said)
@@ -114,7 +115,8 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)                      # orbax tells of every file it reads
   runs.use_compilation_cache()
   try:
-    policy = export(epath.Path(given.workdir), epath.Path(given.folder), given.dtype, given.adapters)
+    policy = export(epath.Path(given.workdir), epath.Path(given.folder), given.dtype, given.adapters,
+                    given.per_expert)
   except (ValueError, OSError, json.JSONDecodeError) as error:
     raise SystemExit(f'error: {error}') from error
   print(f'{given.folder}: {policy.stage}, step {policy.step}' + (f' ({policy.note})' if policy.note else ''))
@@ -125,4 +127,5 @@ if __name__ == '__main__':
   flags.DEFINE_string('folder', None, 'Folder to write; may be gs://.', required=True)
   flags.DEFINE_enum('dtype', 'bfloat16', ['bfloat16', 'float32'], 'Of the weights.')
   flags.DEFINE_bool('adapters', False, 'The adapters alone, in the layout of PEFT.')
+  flags.DEFINE_bool('per_expert', False, 'Adapters of experts one by one, as before transformers 5.')
   app.run(main)

@@ -51,8 +51,8 @@ def make_programs(model: Model, method: Method, tx: Mapping[str, optim.Group], s
     policy = sampler = jax.jit(policy, out_shardings=where)
   dtype = model.config.dtype if isinstance(model.config, ModelConfig) else 'float32'      # a brought module's own
   if dtype != 'float32':
-    sampler = jax.jit(lambda s: params_lib.cast(trunk, model.policy(s.trainable, s.frozen), dtype),
-                      out_shardings=where)
+    said = params_lib.kept_in(trunk, dtype)
+    sampler = jax.jit(lambda s: params_lib.cast(said, model.policy(s.trainable, s.frozen)), out_shardings=where)
   # On several CPU devices, programs with collectives that pile up can starve one another of threads until XLA
   # aborts the process; one at a time they cannot.
   several_cpus = mesh.devices.size > 1 and mesh.devices.flat[0].platform == 'cpu'
@@ -73,8 +73,7 @@ def make_programs(model: Model, method: Method, tx: Mapping[str, optim.Group], s
 
 def _metric_names(model: Model, method: Method, rows: int, length: int) -> Mapping[str, Any]:
   """The metrics of an objective, found by tracing it on rows as long as a bucket's."""
-  shapes = lambda tables: jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), dict(tables),
-                                       is_leaf=params_lib.is_param)
+  shapes = lambda tables: params_lib.abstract(dict(tables))
   traj = pack_lib.empty(rows, length, 1)
   zero = np.zeros((rows, length), np.float32)
   block = Block(traj, pack_lib.identity_layout(traj), Credit(zero, zero), Snapshot(zero, zero, zero))

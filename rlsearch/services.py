@@ -185,7 +185,8 @@ def own(config: Mapping[str, Any], engine: Engine, tok: Tokenizer, model: ModelC
     if not brought and isinstance(model, Module):
       raise ValueError('config.model.modules: a reward module beside config.model.modules.policy wants '
                        'config.model.modules.reward')
-    specs = brought.specs if brought else {'head': heads.reward_head_specs(model), 'trunk': params_lib.transformer_specs(model)}
+    trunk = lambda: params_lib.kept_in(params_lib.transformer_specs(model), config['model']['frozen_dtype'])
+    specs = brought.specs if brought else {'head': heads.reward_head_specs(model), 'trunk': trunk()}
     here = parallel.make_mesh({'data': -1}, mesh.local_devices)
     everywhere = jax.tree.map(lambda p: parallel.replicated(here), specs, is_leaf=params_lib.is_param)
     module = checkpoint.load_params(folders[-1], everywhere, specs)

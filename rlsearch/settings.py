@@ -24,7 +24,8 @@ SECTIONS = {
     'credit': 'credit', 'objective': 'objectives', 'schedule': 'schedules', 'optimizer': 'optim',
     'updates': 'settings.Update', 'train_roles': 'rollout.pack', 'evals': 'evaluate.Evals',
     'checkpoint': 'settings.Checkpoint', 'tensorboard': 'train', 'max_failed_share': 'train'}
-MODEL_ENTRIES = ('variant', 'path', 'shape', 'tokenizer', 'init', 'lora', 'critic', 'reference', 'reward', 'modules')
+MODEL_ENTRIES = ('variant', 'path', 'shape', 'tokenizer', 'init', 'lora', 'critic', 'critic_trunk', 'reference', 'frozen_dtype',
+                 'reward', 'modules')
 
 
 class Update(NamedTuple):
@@ -82,7 +83,7 @@ def section(path: str, kind: type, entries: Mapping[str, Any]) -> Any:
 
 
 # Slots and the like: a stage that says one of them says it whole.  Of the other sections it says what differs.
-WHOLE = ('protocol', 'sampling', 'rewards', 'combine', 'credit', 'objective', 'schedule', 'optimizer', 'train_roles', 'lora', 'modules')
+WHOLE = ('protocol', 'sampling', 'rewards', 'combine', 'credit', 'objective', 'schedule', 'optimizer', 'train_roles', 'lora', 'modules', 'critic_trunk')
 
 
 def lay(over: Mapping[str, Any], config: Mapping[str, Any], path: str) -> dict[str, Any]:

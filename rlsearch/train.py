@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from ml_collections import config_flags
 
 from rlsearch import (checkpoint, crew as crew_lib, engines, evaluate as evaluate_lib, hosts as hosts_lib, inputs, job, logs,
-                      method as method_lib, outside, parallel, profiling, runs, services, settings, update, weights)
+                      method as method_lib, outside, parallel, profiling, reserve, runs, services, settings, update, weights)
 from rlsearch.checkpoint import Run
 from rlsearch.evaluate import Evals
 from rlsearch.models import assembly, params as params_lib
@@ -63,6 +63,7 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
   crew    = crew_lib.join(around.hosts, config['sampler_hosts'], name, stop)
   stop    = crew.stop
   model   = assembly.get(config['model'], shared.tok.vocab_size, mesh)
+  weights.check_vocabulary(config['model'], shared.tok)
   tx      = settings.optimizers(config, model)
   method  = method_lib.build(config, tuple(model.trainable))
   shard   = update.shardings(model, tx, mesh)
@@ -72,7 +73,10 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
 
   saved   = checkpoint.open_folder(folder / 'checkpoints', config['checkpoint']['keep'])
   trunk   = assembly.policy_specs(model)
-  state   = weights.first_state(config['model'], model, tx, seed, shard, start_from, shared.tok.vocab_size)
+  given   = reserve.trained(model, tx, method, program)
+  # Of a run that goes on only the shapes: nothing is made or read twice, nor lies there twice.
+  state   = given.state if saved.latest() is not None else weights.first_state(
+      config['model'], model, tx, seed, shard, start_from, shared.tok.vocab_size)
   run     = Run(state, method.schedule.init(), config['data']['first_position'])
   run     = run if saved.latest() is None else saved.restore(run)
   first   = int(run.state.step)
@@ -83,7 +87,8 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
   if crew.size > 1:
     hosts_lib.open_collectives(around.hosts, sampler)
   to_sampler = lambda params: parallel.to_local(params, params_lib.shardings(trunk, sampler))
-  engine  = method_lib.resolve('engine', engines, config['engine'], model, shared.tok, method.protocol.stops, sampler,
+  entry   = {**config['engine'], **reserve.entries(config['engine'], given, buckets, length.total, sampler)}
+  engine  = method_lib.resolve('engine', engines, entry, model, shared.tok, method.protocol.stops, sampler,
                                *((crew,) if crew.size > 1 else ()))
   own     = services.own(config, engine, shared.tok, model.config, folder.parent, sampler)
   tools   = outside.make(shared.services, **config['tools'], own=own)

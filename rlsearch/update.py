@@ -58,7 +58,7 @@ def init(model: Model, optimizers: Mapping[str, optim.Group], seed: int, shard: 
     model, optimizers: of the stage.
     seed: of the initial values.
     shard: where they go.
-    policy: parameters that the stage before left; the optimizers start afresh.
+    policy: parameters that the stage before left, donated; the optimizers start afresh.
   """
   def make(policy):
     trainable, frozen = model.init(jax.random.key(seed))
@@ -66,7 +66,7 @@ def init(model: Model, optimizers: Mapping[str, optim.Group], seed: int, shard: 
       trainable, frozen = model.start(trainable, frozen, policy)
     opt_state = {name: group.tx.init(trainable[name]) for name, group in optimizers.items()}
     return TrainState(jnp.int32(0), trainable, frozen, opt_state)
-  return jax.jit(make, out_shardings=shard.state)(policy)
+  return jax.jit(make, out_shardings=shard.state, donate_argnums=0)(policy)
 
 
 def zeros(model: Model, metrics: Mapping[str, Any], shard: Shardings) -> Callable[[], Sums]:

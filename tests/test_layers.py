@@ -22,7 +22,7 @@ LAYERS = (
     ('engines', 'outside*', *SLOTS),
     ('rollout', 'update', 'optim'),
     ('method', 'checkpoint', 'evaluate', 'logs', 'services', 'settings', 'programs', 'runs',
-     'inputs', 'weights', 'profiling', 'job'),
+     'inputs', 'reserve', 'weights', 'profiling', 'job'),
     ('train', 'report*', 'watch', 'ask', 'methods', 'plan', 'index', 'serve_retriever', 'export', 'doctor'))
 # What a slot may import beyond layer 0 and its own package.
 SLOT_EXCEPTIONS = {('rewards', 'rlsearch.data.normalize'), ('rewards', 'rlsearch.data.text'), ('protocols', 'rlsearch.data.text'),

@@ -120,7 +120,8 @@ class TestResolve:
 
 class TestGet:
 
-  entry = dict(variant='tiny', path='', shape={}, init='normal', lora={}, critic='none', reference=False, reward='none')
+  entry = dict(variant='tiny', path='', shape={}, init='normal', lora={}, critic='none', critic_trunk={}, reference=False,
+               frozen_dtype='float32', reward='none')
 
   def test_the_table_is_padded_and_its_padding_has_no_probability(self):
     model = models.get({**self.entry, 'shape': dict(num_layers=1, width=16, head_size=4, ffn=8)}, 45)

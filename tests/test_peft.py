@@ -24,10 +24,10 @@ def adapters(config, targets=lora.LINEAR, rank=RANK, seed=0):
   return jax.tree.map(lambda p: rng.standard_normal(p.shape, np.float32), table, is_leaf=params_lib.is_param)
 
 
-def made(folder, name='qwen2', **options):
+def made(folder, name='qwen2', stacked=True, **options):
   config = FAMILIES[name]
   params = adapters(config, **options)
-  peft.export(folder, config, params, ALPHA, 'org/base')
+  peft.export(folder, config, params, ALPHA, 'org/base', stacked=stacked)
   return config, params
 
 
@@ -54,7 +54,7 @@ class TestExport:
                      for side, shape in (('A', (RANK, num_in)), ('B', (num_out, RANK)))}
 
   def test_each_expert_has_its_own(self, tmp_path):
-    config, params = made(tmp_path / 'a', 'qwen3_moe', targets=('down',))
+    config, params = made(tmp_path / 'a', 'qwen3_moe', targets=('down',), stacked=False)
     found = safetensors.numpy.load_file(tmp_path / 'a' / 'adapter_model.safetensors')
     assert len(found) == 2 * config.num_layers * config.num_experts
     at = 'base_model.model.model.layers.1.mlp.experts.4.down_proj.lora_'

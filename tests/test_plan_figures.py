@@ -118,7 +118,7 @@ class TestReplicas:
   def found(self, mesh, **axes):
     specs = {'w': Param((28, 4096, 4096), tuple(axes.get('w', ('layer', 'embed', 'ffn'))), 4096),
              'norm': Param((28, 4096), ('layer', 'norm'), 0)}
-    return resident.replicas(specs, parallel.make_mesh(mesh), 4, 'policy.')
+    return resident.replicas(specs, parallel.make_mesh(mesh), 'policy.')
 
   def test_nothing_where_every_axis_cuts_something(self):
     assert self.found({'fsdp': 4, 'tensor': 2}) == []
@@ -130,12 +130,12 @@ class TestReplicas:
 
   def test_says_what_an_axis_does_not_divide(self):
     specs = {'k': Param((28, 4096, 3, 1024), ('layer', 'embed', 'kv_heads', 'head_dim'), 4096)}
-    (one,) = resident.replicas(specs, parallel.make_mesh({'fsdp': 4, 'tensor': 2}), 4)
+    (one,) = resident.replicas(specs, parallel.make_mesh({'fsdp': 4, 'tensor': 2}))
     assert one.why == 'tensor does not divide kv_heads=3'
 
   def test_small_ones_do_not_matter(self):
     specs = {'w': Param((2, 64, 64), ('layer', 'a', 'b'), 64)}
-    assert resident.replicas(specs, parallel.make_mesh({'fsdp': 8}), 4) == []
+    assert resident.replicas(specs, parallel.make_mesh({'fsdp': 8})) == []
 
 
 class TestFit:
@@ -152,7 +152,8 @@ class TestFit:
     specs, mesh = params_lib.transformer_specs(CONFIG), parallel.make_mesh(shape)
     sizes = jax.tree.map(lambda p, s: math.prod(s.shard_shape(p.shape)), specs, params_lib.shardings(specs, mesh),
                          is_leaf=params_lib.is_param)
-    assert fit.part(specs, shape) == sum(jax.tree.leaves(sizes))
+    assert fit.part(specs, shape) == 4 * sum(jax.tree.leaves(sizes)) == 4 * fit.part(specs, shape, 1)
+    assert fit.part(params_lib.kept_in(specs, 'bfloat16'), shape) < 2.1 * sum(jax.tree.leaves(sizes))
 
   def test_the_least_comes_first_and_more_devices_take_less(self):
     table = {'policy': params_lib.transformer_specs(CONFIG)}
@@ -167,7 +168,7 @@ class TestFit:
       ('qwen3_30b_a3b', {'fsdp': 4, 'expert': 8, 'tensor': 2}, 64, 9.6)])
   def test_near_what_compilers_said(self, variant, shape, rows, said):
     config = variants.resolve(variant, {})
-    gradients = 4 * fit.part(params_lib.transformer_specs(config), shape)
+    gradients = fit.part(params_lib.transformer_specs(config), shape)
     assert fit.temporaries(config, shape, rows, 4096, gradients) == pytest.approx(said * GIB, rel=0.2)
 
 

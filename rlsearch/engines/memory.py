@@ -46,13 +46,73 @@ def page_bytes(config: ModelConfig, page_tokens: int, tensor_ways: int = 1) -> i
   return 2 * config.num_layers * heads * config.head_size * page_tokens * np.dtype(jax.numpy.dtype(config.dtype)).itemsize
 
 
+class Reserve(NamedTuple):
+  """What an update wants of a device beside what lies there when a sampler is made.
+
+  Attributes:
+    bytes: gradients, rows and the programs' own.
+    beside: the sampler computes meanwhile; else it has given its copy of the policy up.
+    handing: bytes beside that copy while a new policy is handed over.
+  """
+  bytes: int = 0
+  beside: bool = False
+  handing: int = 0
+
+
+def array_bytes(config: ModelConfig, specs: params_lib.Specs, mesh: Mesh) -> list[int]:
+  """Returns the bytes on one device of each array of a table, in the dtype of activations."""
+  size = np.dtype(jax.numpy.dtype(config.dtype)).itemsize
+  each = jax.tree.map(lambda p, s: math.prod(s.shard_shape(p.shape)) * size, specs, params_lib.shardings(specs, mesh),
+                      is_leaf=params_lib.is_param)
+  return jax.tree.leaves(each)
+
+
+def working_bytes(page: int, rows: int, members: int, widest: int, own_width: int) -> int:
+  """Returns the bytes of pages that the widest slice copies before it runs.
+
+  Args:
+    page: bytes of one.
+    rows: slots of a device.
+    members: of a group.
+    widest: pages of the longest path.
+    own_width: pages of a group's member behind the shared ones.
+  """
+  grouped = (rows // members * widest + rows * own_width) * page if members > 1 else 0
+  return max(rows * widest * page, grouped)
+
+
+def pages_in(free: int, share: float, copy: int, working: int, reserve: Reserve, page: int) -> int:
+  """Returns how many pages a pool has: share · (free - need) / page, at least 0.
+
+  need is the larger of what the sampler takes beside its pool and what an update does; their sum where both run at once.
+  The sampler takes its copy of the policy, and the larger of the working set and of what handing it over takes.
+
+  Args:
+    free: bytes of a device beside the trainer's state.
+    share: of what neither sampler nor update wants.
+    copy: bytes of the sampler's copy.
+    working: of the widest slice.
+    reserve: what the trainer wants.
+    page: bytes of one, hidden state included.
+  """
+  own = copy + max(working, reserve.handing)
+  need = own + reserve.bytes if reserve.beside else max(own, reserve.bytes)
+  return max(0, int(share * (free - need) // page))
+
+
+def free_bytes(mesh: Mesh) -> int | None:
+  """Returns what is free on this host's first device; None where devices do not say, as CPUs do not."""
+  stats = mesh.local_devices[0].memory_stats() or {}
+  return stats['bytes_limit'] - stats['bytes_in_use'] if 'bytes_limit' in stats else None
+
+
 def plan(config: ModelConfig, mesh: Mesh, *, num_pages: int, page_tokens: int, rows: int, members: int,
-         widths: Sequence[int], own_width: int, share: float, least: Callable[[int], int] = lambda n: n) -> Plan:
+         widths: Sequence[int], own_width: int, share: float, reserve: Reserve = Reserve(),
+         least: Callable[[int], int] = lambda n: n) -> Plan:
   """Returns the plan of one device.
 
-  Where `num_pages` is 0: on a device that says how much memory it has, `share` of what is free now (the trainer's weights
-  and optimizer lie there already) less the sampler's own weights, less the working set; what is left of the memory is
-  for the update.  Elsewhere room for twice as many of the longest paths as there are slots.
+  Where `num_pages` is 0: on a device that says how much memory it has, `pages_in` what is free now (the trainer's weights
+  and optimizer lie there already).  Elsewhere room for twice as many of the longest paths as there are slots.
 
   Args:
     config: of the policy.
@@ -63,7 +123,8 @@ def plan(config: ModelConfig, mesh: Mesh, *, num_pages: int, page_tokens: int, r
     members: of a group.
     widths: numbers of pages that there are programs for.
     own_width: pages of a group's member behind the shared ones.
-    share: of free memory.
+    share: of the memory that neither sampler nor update wants.
+    reserve: for the update.
     least: of the numbers that the processes of the mesh have planned: they run one program.
 
   Raises:
@@ -71,28 +132,22 @@ def plan(config: ModelConfig, mesh: Mesh, *, num_pages: int, page_tokens: int, r
   """
   if not 0 < share <= 1:
     raise ValueError(f'config.engine.memory_share={share}: wants more than 0 and at most 1')
-  tensor = mesh.shape['tensor']
-  each = page_bytes(config, page_tokens, tensor)
-  per_row = widths[-1] * each * rows
-  grouped = (rows // members * widths[-1] + rows * own_width) * each if members > 1 else 0
-  working = max(per_row, grouped)
-  size = np.dtype(jax.numpy.dtype(config.dtype)).itemsize
-  hidden = config.width * size
+  each = page_bytes(config, page_tokens, mesh.shape['tensor'])
+  working = working_bytes(each, rows, members, widths[-1], own_width)
+  hidden = config.width * np.dtype(jax.numpy.dtype(config.dtype)).itemsize
   if not num_pages:
     gc.collect()                                                # the pool of the stage before may wait for it
-    stats = mesh.local_devices[0].memory_stats() or {}
-    if 'bytes_limit' in stats:
-      weights = params_lib.count(params_lib.transformer_specs(config)) * size // tensor
-      free = share * (stats['bytes_limit'] - stats['bytes_in_use'] - weights) - working
-      num_pages = int(free // (each + hidden))
-    else:
-      num_pages = 1 + 2 * rows * (widths[-1] + TAIL)
+    free = free_bytes(mesh)
+    num_pages = (1 + 2 * rows * (widths[-1] + TAIL) if free is None else
+                 pages_in(free, share, sum(array_bytes(config, params_lib.transformer_specs(config), mesh)), working,
+                          reserve, each + hidden))
     num_pages = least(num_pages)
   if num_pages < widths[-1] + TAIL + 2:
     raise ValueError(f'config.engine.num_pages={num_pages} of {page_tokens} tokens ({each / 2**20:.1f} MiB each; planned '
-                     f'where the entry is 0, beside a working set of {working / 2**20:.0f} MiB): the longest path wants '
-                     f'{widths[-1] + TAIL + 2}.  Fewer rows, shorter contexts, a larger memory_share or more tensor ways '
-                     'would fit')
+                     f'where the entry is 0, beside a working set of {working / 2**20:.0f} MiB and '
+                     f'{reserve.bytes / 2**20:.0f} MiB for the update): the longest path wants {widths[-1] + TAIL + 2}.  '
+                     'Fewer rows, shorter contexts, a larger memory_share or more tensor ways would fit, or smaller '
+                     'config.updates.microbatch_rows')
   num_rows = num_pages + 2 * rows
   return Plan(num_pages, num_rows, num_pages * each + num_rows * hidden, working)
 

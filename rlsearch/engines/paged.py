@@ -37,7 +37,8 @@ class Programs(NamedTuple):
 
 def paged(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, crew: Crew = crew_lib.ALONE, *, rows: int,
           contexts: Sequence[int], max_new_tokens: int, page_tokens: int, steps: int, chunk_rows: int, chunk_tokens: int,
-          members: int = 1, num_pages: int = 0, memory_share: float = 0.8, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
+          members: int = 1, num_pages: int = 0, memory_share: float = 0.9, reserve: memory.Reserve = memory.Reserve(),
+          top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
           logit_bias: Mapping[int, float] = types.MappingProxyType({})) -> Engine:
   """Returns an engine that keeps what it has computed.
 
@@ -71,7 +72,7 @@ def paged(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, crew: 
     chunk_rows, chunk_tokens: shape of the pieces in which contexts are prefilled; the rows are a device's.
     members: branches that continue one context decode in groups of so many, which read its pages once; 1: never.
     num_pages: of a device; 0 plans it (engines.memory).
-    memory_share: of what is free, for that plan.
+    memory_share, reserve: for that plan; the second is what the update wants, the trainer's to say, not a config's.
     top_k, top_p, min_p, logit_bias: what may be drawn, see models.decode.Restriction.
 
   Raises:
@@ -82,7 +83,7 @@ def paged(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, crew: 
   widths = memory.widths_of(contexts, max_new_tokens, page_tokens)
   own_width, each = (page_tokens - 2 + max_new_tokens) // page_tokens + 1, rows // shards     # a page begun, a whole turn
   plan = memory.plan(model.config, mesh, num_pages=num_pages, page_tokens=page_tokens, rows=each, members=members,
-                     widths=widths, own_width=own_width, share=memory_share, least=crew.least)
+                     widths=widths, own_width=own_width, share=memory_share, reserve=reserve, least=crew.least)
   _tell_of_copies(model.config, mesh, plan)
   rule = decode.restriction(tok.vocab_size, top_k, top_p, min_p, logit_bias)
   lanes = [Lane(shards, each, 1, page_tokens, widths, widths)]

@@ -5,14 +5,14 @@ critic='separate', 'reward' serves reward='trained' and, in a later stage, confi
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from rlsearch.models import attention, heads, model as models, params as params_lib, transformer, variants
+from rlsearch.models import attention, heads, model as models, params as params_lib
 from rlsearch.models.model import Model, logical
 from rlsearch.models.modules import ROLES, Module, load
 from rlsearch.models.params import Specs
@@ -37,17 +37,21 @@ def get(entry: Mapping[str, Any], vocab_size: int, mesh: Mesh | None = None) -> 
   own |= {'critic': 'none'} if critic else {}
   own |= {'reward': 'none'} if judge else {}
   actor = brings('policy')
+  if critic and entry['critic_trunk']:
+    raise ValueError(f'config.model.critic_trunk={dict(entry["critic_trunk"])}: config.model.modules.value is the critic; wants '
+                     'one of the two')
   if actor is None:
     made = models.get(own, vocab_size, mesh)
   else:
     others = {'critic': ' or config.model.modules.value', 'reward': ' or config.model.modules.reward'}
-    for name, plain in (('path', ''), ('init', 'normal'), ('lora', {}), ('critic', 'none'), ('reward', 'none')):
+    for name, plain in (('path', ''), ('init', 'normal'), ('lora', {}), ('critic', 'none'), ('critic_trunk', {}), ('frozen_dtype', 'float32'),
+                        ('reward', 'none')):
       if own[name] != plain:
         raise ValueError(f'config.model.{name}={own[name]!r}: is of our own models; with config.model.modules.policy '
                          f'wants {plain!r}{others.get(name, "")}')
     made = policy(actor, vocab_size, own['reference'])
   made = with_value(made, critic) if critic else made
-  return with_reward(made, judge) if judge else made
+  return with_reward(made, judge, entry['frozen_dtype']) if judge else made
 
 
 def module_of(entry: Mapping[str, Any], role: str, vocab_size: int) -> Module | None:
@@ -62,9 +66,19 @@ def module_of(entry: Mapping[str, Any], role: str, vocab_size: int) -> Module | 
   return load(role, entry['modules'][role], -(-vocab_size // 8) * 8) if role in entry['modules'] else None
 
 
+def start_specs(model: Model) -> Specs:
+  """Returns the table of what a stage starts from: the policy's full parameters, in the dtypes in which it keeps them.
+
+  In float32 where something that is trained starts from them too: a critic's or a reward module's trunk.
+  """
+  full = policy_specs(model)
+  copied = any(specs.get('trunk') == full for specs in model.trainable.values())
+  return full if copied else model.frozen.get('base') or model.frozen.get('policy') or model.trainable['policy']
+
+
 def policy_specs(model: Model) -> Specs:
-  """Returns the table of what `model.policy` returns: the policy's full parameters, without adapters."""
-  return model.frozen.get('base') or model.frozen.get('policy') or model.trainable['policy']
+  """Returns the table of the policy's full parameters, adapters merged, in float32: what a stage leaves."""
+  return params_lib.kept_in(model.frozen.get('base') or model.frozen.get('policy') or model.trainable['policy'], 'float32')
 
 
 def read(module: Module, params: Params, layout: Layout) -> jax.Array:
@@ -156,12 +170,13 @@ def with_value(model: Model, module: Module) -> Model:
                         critic=values)
 
 
-def with_reward(model: Model, module: Module) -> Model:
+def with_reward(model: Model, module: Module, frozen_dtype: str = 'float32') -> Model:
   """Returns the model that trains a brought reward module; the policy is frozen.
 
   Args:
     model: a policy alone, ours or a brought one.
     module: of the role 'reward'.
+    frozen_dtype: in which the policy's linear maps are kept.
 
   Raises:
     ValueError: a model with more than a policy.
@@ -170,42 +185,17 @@ def with_reward(model: Model, module: Module) -> Model:
     raise ValueError("config.model.reward='trained': the policy is frozen, so it wants lora={}, critic=none and "
                      f'reference=False; found the groups {sorted(model.trainable)} and, frozen, {sorted(model.frozen)}')
 
+  still = params_lib.kept_in(model.trainable['policy'], frozen_dtype)
+
   def initial(key):
-    return {'reward': module.init(jax.random.fold_in(key, 4))}, {'policy': model.init(key)[0]['policy']}
+    first = params_lib.cast(still, model.init(key)[0]['policy'])
+    return {'reward': module.init(jax.random.fold_in(key, 4))}, {'policy': first}
 
   def outputs(train, froze, layout, temperature):
     said = model.outputs({'policy': froze['policy']}, {}, layout, temperature)
     return said.replace(score=logical(layout, read(module, train['reward'], layout)))
 
   return model._replace(
-      trainable={'reward': module.specs}, frozen={'policy': model.trainable['policy']}, init=initial, outputs=outputs,
-      start=lambda train, froze, weights: (train, {'policy': jax.tree.map(jnp.copy, weights)}),
+      trainable={'reward': module.specs}, frozen={'policy': still}, init=initial, outputs=outputs,
+      start=lambda train, froze, weights: (train, {'policy': params_lib.cast(still, jax.tree.map(jnp.copy, weights))}),
       policy=lambda train, froze: froze['policy'], leaves=('reward',))
-
-
-def critic(vocab_size: int, *, variant: str, shape: Mapping[str, Any]) -> Module:
-  """Returns a critic of our own transformer in another shape than the policy's, as a module for the role 'value'.
-
-  config.model.modules.value = dict(make='rlsearch.models.assembly:critic', variant=..., shape={...}).  It has plain
-  attention, [P, S, S], and starts from random values, not from the policy.
-
-  Args:
-    vocab_size: of the table.
-    variant, shape: as config.model.variant and config.model.shape.
-  """
-  config = variants.resolve(variant, {**shape, 'vocab_size': vocab_size})
-  specs = {'head': heads.scalar_head_specs(config), 'trunk': params_lib.transformer_specs(config)}
-  def apply(params, tokens, positions, sees):
-    hidden = transformer.forward(config, params['trunk'], tokens, positions, attend(config, positions, sees))
-    return heads.read(params['head'], hidden)
-  return Module(specs, lambda key: params_lib.init(specs, key), apply)
-
-
-def attend(config, positions: jax.Array, sees: jax.Array) -> Callable[..., jax.Array]:
-  """Returns our transformer's attention under a mask bool[P, S, S], within a layer's window."""
-  def one(q, k, v, kind):
-    near = sees
-    if config.sliding_window:
-      near = sees & (positions[:, :, None] - positions[:, None, :] < jnp.asarray(config.windows)[kind])
-    return transformer.masked_attention(q, k, v, near)
-  return one

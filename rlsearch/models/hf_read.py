@@ -70,7 +70,7 @@ def generation(folder: epath.PathLike) -> hf_config.Generation:
   return hf_config.generation(safetensors_file.read_json(folder / name), str(folder / name))
 
 
-def load(folder: epath.PathLike, shardings: Params, config: ModelConfig, dtype: str = 'float32') -> Params:
+def load(folder: epath.PathLike, shardings: Params, config: ModelConfig, dtype: str | Params = 'float32') -> Params:
   """Returns the parameters of a folder; see `read`, whose report is logged."""
   params, report = read(folder, shardings, config, dtype)
   logging.getLogger(__name__).info(
@@ -80,7 +80,7 @@ def load(folder: epath.PathLike, shardings: Params, config: ModelConfig, dtype: 
   return params
 
 
-def read(folder: epath.PathLike, shardings: Params, config: ModelConfig, dtype: str = 'float32', *,
+def read(folder: epath.PathLike, shardings: Params, config: ModelConfig, dtype: str | Params = 'float32', *,
          stage: bool | None = None) -> tuple[Params, Report]:
   """Returns the parameters of a folder as arrays of these shardings.
 
@@ -88,7 +88,8 @@ def read(folder: epath.PathLike, shardings: Params, config: ModelConfig, dtype: 
     folder: with model.safetensors, or its parts and model.safetensors.index.json.
     shardings: a tree as of params.transformer_specs.
     config: the model that is wanted.
-    dtype: of the arrays: 'float32' or 'bfloat16'; the files may have F32, BF16 and F16.
+    dtype: of the arrays: 'float32' or 'bfloat16', or a tree of these as of the table; the files may have F32, BF16
+      and F16.
     stage: rows pass through a buffer to the device, which puts them in place, as it must be where host memory is not
       the device's; None: unless all devices are CPUs.
 
@@ -102,26 +103,27 @@ def read(folder: epath.PathLike, shardings: Params, config: ModelConfig, dtype: 
   return params, report._replace(skipped=skipped)
 
 
-def fill(folder: epath.Path, tensors: Mapping[str, Tensor], specs: params_lib.Specs, shardings: Params, dtype: str, *,
-         stage: bool | None = None, tied: tuple[Tensor, Tensor] | None = None) -> tuple[Params, Report]:
+def fill(folder: epath.Path, tensors: Mapping[str, Tensor], specs: params_lib.Specs, shardings: Params,
+         dtype: str | Params, *, stage: bool | None = None, tied: tuple[Tensor, Tensor] | None = None) -> tuple[Params, Report]:
   """Returns the arrays of a table from its tensors by name; those that are tied must be equal.
 
   Raises:
     ValueError: an unknown dtype, shardings of another tree, files that end early or tied tensors that differ.
   """
   start = time.perf_counter()
-  if dtype not in DTYPES:
-    raise ValueError(f'dtype={dtype!r}; known: {sorted(DTYPES)}')
+  kinds = dict.fromkeys(hf_table.by_path(specs), dtype) if isinstance(dtype, str) else hf_table.by_path(dtype)
+  if unknown := set(kinds.values()) - set(DTYPES):
+    raise ValueError(f'dtype={min(unknown)!r}; known: {sorted(DTYPES)}')
   rows, places = hf_table.by_path(specs), hf_table.by_path(shardings)
   if rows.keys() != places.keys():
     raise ValueError(f'shardings: {sorted(rows.keys() ^ places.keys())} are in them or in the table, not in both')
   if stage is None:
     stage = any(d.platform != 'cpu' for s in places.values() for d in s.addressable_devices)
   put = hf_stage.staged if stage else hf_place.direct
-  jobs = [hf_place.Job(p, places[path], {at: tensors[name] for at, name in hf_table.names(p)})
-          for path, p in rows.items()]
+  jobs = {path: hf_place.Job(p, places[path], {at: tensors[name] for at, name in hf_table.names(p)})
+          for path, p in rows.items()}
   total = sum(math.prod(b - a for a, b in part.index) * hf_place.STORED[next(iter(job.tensors.values())).dtype].itemsize
-              for job in jobs for part in hf_place.parts(job))
+              for job in jobs.values() for part in hf_place.parts(job))
   with file_bytes.reading() as fetch, tqdm.tqdm(
       total=total, unit='B', unit_scale=True, desc=f'import {folder.name}', delay=QUIET_SECONDS, leave=False,
       disable=None if jax.process_index() == 0 else True) as bar:
@@ -129,10 +131,13 @@ def fill(folder: epath.Path, tensors: Mapping[str, Tensor], specs: params_lib.Sp
                          chunk=hf_stage.CHUNK if stage else hf_place.CHUNK)
     if tied:
       _compare(desk, folder, *tied)
-    leaves = put(desk, jobs, DTYPES[dtype])
+    leaves = {}
+    for kind in sorted(set(kinds.values())):
+      own = [path for path in rows if kinds[path] == kind]
+      leaves |= zip(own, put(desk, [jobs[path] for path in own], DTYPES[kind]), strict=True)
   largest = max((t.stop - t.start for t in tensors.values()), default=0)
   report = Report(desk.bytes_read, desk.peak, largest, time.perf_counter() - start, ())
-  return hf_table.like(specs, dict(zip(rows, leaves, strict=True))), report
+  return hf_table.like(specs, leaves), report
 
 
 ## Names.

@@ -37,13 +37,21 @@ def specs(base: Specs, rank: int, targets: Sequence[str] = LINEAR) -> Specs:
   return {'layers': table}
 
 
-def merge(base: Params, adapters: Params, scale: float) -> Params:
-  """Returns base with W + scale · a b in place of each adapted W; scale is alpha / rank."""
+def merge(base: Params, adapters: Params, scale: float, dtype: str = 'float32') -> Params:
+  """Returns base with W + scale · a b in place of each adapted W, added in float32; scale is alpha / rank.
+
+  Args:
+    base: frozen, float32 or bfloat16.
+    adapters: as of `specs`.
+    scale: of their products.
+    dtype: of the adapted weights where the base is not float32: activations' where nothing else reads them.
+  """
   layers = dict(base['layers'])
   for name, p in adapters['layers'].items():
     weight = base['layers'][name]
     delta = jnp.einsum('...IR,...RO->...IO', p['a'], p['b']) * scale
-    layers[name] = weight + delta.reshape(weight.shape).astype(weight.dtype)
+    merged = weight.astype(jnp.float32) + delta.reshape(weight.shape)
+    layers[name] = merged.astype(jnp.promote_types(weight.dtype, dtype))
   return {**base, 'layers': layers}
 
 

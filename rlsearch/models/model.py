@@ -56,7 +56,8 @@ def hidden_states(config: ModelConfig, params: Params, layout: Layout, mesh: Mes
 
 
 def make(config: ModelConfig, *, init: str = 'normal', lora_options: Mapping[str, Any] | None = None,
-         critic: str = 'none', reference: bool = False, reward: str = 'none', mesh: Mesh | None = None) -> Model:
+         critic: str = 'none', critic_config: ModelConfig | None = None, reference: bool = False,
+         frozen_dtype: str = 'float32', reward: str = 'none', mesh: Mesh | None = None) -> Model:
   """Returns the functions of a policy, and of a critic, a reference and a reward module where asked for.
 
   Args:
@@ -65,7 +66,10 @@ def make(config: ModelConfig, *, init: str = 'normal', lora_options: Mapping[str
     lora_options: rank, alpha and targets; then 'policy' is the adapters, and the frozen base is the reference.  Its path,
       a folder of PEFT to go on from, is read elsewhere.
     critic: 'none', 'shared' (a head on the policy's trunk) or 'separate' (a trunk of its own).
+    critic_config: shapes of that trunk, whose first weights are then its own; None: the policy's shapes and weights.
     reference: keep a frozen copy of the initial policy (of the base under LoRA: no copy).
+    frozen_dtype: in which the linear maps of the reference, or of the frozen base or policy, are kept: 'float32', or
+      'bfloat16' at half its bytes, which changes no number of theirs where activations are bfloat16 (params.kept_in).
     reward: 'trained' trains a reward module, a trunk with a scalar head, and the policy is frozen.
     mesh: that the functions' arrays will lie on; None: one device, or as they lie.
 
@@ -73,6 +77,7 @@ def make(config: ModelConfig, *, init: str = 'normal', lora_options: Mapping[str
     ValueError: an unknown choice, or a reward module beside what trains a policy.
   """
   for name, value, known in (('init', init, ('normal', 'copy_heads')), ('critic', critic, ('none', 'shared', 'separate')),
+                             ('frozen_dtype', frozen_dtype, ('float32', 'bfloat16')),
                              ('reward', reward, ('none', 'trained'))):
     if value not in known:
       raise ValueError(f'config.model.{name}={value!r}; known: {list(known)}')
@@ -80,7 +85,10 @@ def make(config: ModelConfig, *, init: str = 'normal', lora_options: Mapping[str
   if judges and (lora_options or critic != 'none' or reference):
     raise ValueError(f'config.model.reward={reward!r}: the policy is frozen, so it wants lora={{}}, critic=none and '
                      f'reference=False; found {dict(lora_options or {})}, {critic}, {reference}')
-  table = params_lib.transformer_specs(config)
+  if critic_config and critic != 'separate':
+    raise ValueError(f'config.model.critic_trunk: wants critic=separate; found {critic!r}')
+  table, own = params_lib.transformer_specs(config), critic_config is not None
+  still = params_lib.kept_in(table, frozen_dtype)
   options = dict(lora_options or {})
   if options:
     unknown = set(options) - {'rank', 'alpha', 'targets', 'path'}
@@ -90,20 +98,25 @@ def make(config: ModelConfig, *, init: str = 'normal', lora_options: Mapping[str
   frozen: dict[str, Specs] = {}
   if options:
     trainable['policy'] = lora.specs(table, options['rank'], options.get('targets', lora.LINEAR))
-    frozen['base'] = table
+    frozen['base'] = still
   elif reference:
-    frozen['reference'] = table
+    frozen['reference'] = still
   if critic != 'none':
-    trainable['value'] = {'head': heads.scalar_head_specs(config)}
+    trainable['value'] = {'head': heads.scalar_head_specs(critic_config or config)}
   if critic == 'separate':
-    trainable['value'] = {**trainable['value'], 'trunk': table}
+    trainable['value'] = {**trainable['value'], 'trunk': params_lib.transformer_specs(critic_config) if own else table}
   if judges:
-    trainable, frozen = {'reward': {'head': heads.reward_head_specs(config), 'trunk': table}}, {'policy': table}
+    trainable, frozen = {'reward': {'head': heads.reward_head_specs(config), 'trunk': table}}, {'policy': still}
 
-  def policy(train, froze):
+  def policy(train, froze, dtype='float32'):
     if judges:
       return froze['policy']
-    return lora.merge(froze['base'], train['policy'], options['alpha'] / options['rank']) if options else train['policy']
+    if not options:
+      return train['policy']
+    return lora.merge(froze['base'], train['policy'], options['alpha'] / options['rank'], dtype)
+
+  def frozen_copy(weights):
+    return params_lib.cast(still, jax.tree.map(jnp.copy, weights))
 
   def initial(key):
     first = params_lib.init(table, jax.random.fold_in(key, 0))
@@ -111,33 +124,33 @@ def make(config: ModelConfig, *, init: str = 'normal', lora_options: Mapping[str
       first = copy_init.with_copy_heads(config, first, jax.random.fold_in(key, 1))
     train, froze = {'policy': first}, {}
     if options:
-      train, froze = {'policy': params_lib.init(trainable['policy'], jax.random.fold_in(key, 2))}, {'base': first}
+      train, froze = {'policy': params_lib.init(trainable['policy'], jax.random.fold_in(key, 2))}, {'base': frozen_copy(first)}
     elif reference:
-      froze = {'reference': jax.tree.map(jnp.copy, first)}
+      froze = {'reference': frozen_copy(first)}
     if critic != 'none':
       train['value'] = params_lib.init(trainable['value'], jax.random.fold_in(key, 3))
-    if critic == 'separate':
+    if critic == 'separate' and not own:
       train['value'] = {**train['value'], 'trunk': jax.tree.map(jnp.copy, first)}
     if judges:
       head = params_lib.init(trainable['reward']['head'], jax.random.fold_in(key, 4))
-      train, froze = {'reward': {'head': head, 'trunk': jax.tree.map(jnp.copy, first)}}, {'policy': first}
+      train, froze = {'reward': {'head': head, 'trunk': jax.tree.map(jnp.copy, first)}}, {'policy': frozen_copy(first)}
     return train, froze
 
   def start(train, froze, weights):
-    copy = lambda: jax.tree.map(jnp.copy, weights)
+    copy = lambda: params_lib.cast(table, jax.tree.map(jnp.copy, weights))
     if judges:
-      return {'reward': {**train['reward'], 'trunk': copy()}}, {'policy': copy()}
+      return {'reward': {**train['reward'], 'trunk': copy()}}, {'policy': frozen_copy(weights)}
     if options:
-      froze = {**froze, 'base': copy()}
+      froze = {**froze, 'base': frozen_copy(weights)}
     else:
       train = {**train, 'policy': copy()}
-      froze = {**froze, 'reference': copy()} if reference else froze
-    if critic == 'separate':
+      froze = {**froze, 'reference': frozen_copy(weights)} if reference else froze
+    if critic == 'separate' and not own:
       train = {**train, 'value': {**train['value'], 'trunk': copy()}}
     return train, froze
 
   def values(train, layout, hidden):
-    trunk = hidden if critic == 'shared' else hidden_states(config, train['value']['trunk'], layout, mesh)
+    trunk = hidden if critic == 'shared' else hidden_states(critic_config or config, train['value']['trunk'], layout, mesh)
     return logical(layout, heads.value(train['value']['head'], trunk, layout.previous))
 
   def stats(weights, hidden, layout, temperature=1.0):
@@ -145,7 +158,7 @@ def make(config: ModelConfig, *, init: str = 'normal', lora_options: Mapping[str
     return tuple(logical(layout, x) for x in found)
 
   def outputs(train, froze, layout, temperature):
-    weights = policy(train, froze)
+    weights = policy(train, froze, config.dtype)
     hidden = hidden_states(config, weights, layout, mesh)
     logp, entropy = stats(weights, hidden, layout, temperature)
     zero = jnp.zeros_like(logp)
@@ -163,7 +176,7 @@ def make(config: ModelConfig, *, init: str = 'normal', lora_options: Mapping[str
     return stats(weights, hidden_states(config, weights, layout, mesh), layout, temperature)[0]
 
   def critic_values(train, froze, layout):
-    hidden = hidden_states(config, policy(train, froze), layout, mesh) if critic == 'shared' else None
+    hidden = hidden_states(config, policy(train, froze, config.dtype), layout, mesh) if critic == 'shared' else None
     return values(train, layout, hidden)
 
   return Model(config, trainable, frozen, initial, start, policy, outputs,
@@ -197,8 +210,33 @@ def shape_of(entry: Mapping[str, Any], vocab_size: int) -> ModelConfig:
   return dataclasses.replace(config, num_tokens=vocab_size)
 
 
+def critic_shape(entry: Mapping[str, Any], vocab_size: int) -> ModelConfig | None:
+  """Returns the shapes of config.model.critic_trunk, dict(variant=, path=, shape=); None where it is empty, or no critic is.
+
+  With a path the trunk starts from that folder, in every stage that has a critic; without one from random values.
+
+  Args:
+    entry: config.model.
+    vocab_size: of the tokenizer, which is the policy's.
+
+  Raises:
+    ValueError: an impossible entry, a folder that is not the variant, or a table of fewer tokens.
+  """
+  said = dict(entry['critic_trunk'])
+  if not said or entry['critic'] == 'none':
+    return None
+  if unknown := set(said) - {'variant', 'path', 'shape'}:
+    raise ValueError(f'config.model.critic_trunk.{min(unknown)}={said[min(unknown)]!r}: unknown entry; known: variant, '
+                     'path, shape')
+  try:
+    return shape_of({'variant': 'checkpoint', 'path': '', 'shape': {}, 'init': 'normal', **said}, vocab_size)
+  except ValueError as error:
+    raise ValueError(str(error).replace('config.model.', 'config.model.critic_trunk.')) from error
+
+
 def get(entry: Mapping[str, Any], vocab_size: int, mesh: Mesh | None = None) -> Model:
-  """Returns the model of a config entry: variant, path, shape, init, lora, critic, reference, reward.
+  """Returns the model of a config entry: variant, path, shape, init, lora, critic, critic_trunk, reference, frozen_dtype,
+  reward.
 
   Args:
     entry: config.model.
@@ -209,4 +247,5 @@ def get(entry: Mapping[str, Any], vocab_size: int, mesh: Mesh | None = None) -> 
     ValueError: an impossible entry, or a tokenizer that does not fit the table.
   """
   return make(shape_of(entry, vocab_size), init=entry['init'], lora_options=entry['lora'], critic=entry['critic'],
-              reference=entry['reference'], reward=entry['reward'], mesh=mesh)
+              critic_config=critic_shape(entry, vocab_size), reference=entry['reference'], frozen_dtype=entry['frozen_dtype'],
+              reward=entry['reward'], mesh=mesh)

@@ -23,12 +23,14 @@ class Param(NamedTuple):
     fan_in: number of inputs that one output sums over; 0: filled with `fill`.
     fill: constant of norms (1, or what is above their offset) and biases (0).
     hf: name in a Hugging Face checkpoint, with {} for the layer and for the expert.
+    dtype: in which the array is kept.
   """
   shape: tuple[int, ...]
   axes: tuple[str, ...]
   fan_in: int
   fill: float = 0.
   hf: str = ''
+  dtype: str = 'float32'
 
 
 Specs = Mapping[str, 'Param | Specs']
@@ -103,7 +105,7 @@ def _mlp_specs(config: ModelConfig, prefix: str) -> dict[str, Param]:
   }
 
 
-def init(specs: Specs, key: jax.Array, dtype=jnp.float32) -> Params:
+def init(specs: Specs, key: jax.Array) -> Params:
   """Returns initial values: N(0, 1/fan_in), constants for norms and biases.
 
   Each array's key is folded from its place in the sorted table, so adding a group changes no other array.
@@ -111,8 +113,8 @@ def init(specs: Specs, key: jax.Array, dtype=jnp.float32) -> Params:
   leaves, tree = jax.tree.flatten(specs, is_leaf=is_param)
   def one(idx, p):
     if p.fan_in == 0:
-      return jnp.full(p.shape, p.fill, dtype)
-    return jax.random.normal(jax.random.fold_in(key, idx), p.shape, dtype) / math.sqrt(p.fan_in)
+      return jnp.full(p.shape, p.fill, p.dtype)
+    return (jax.random.normal(jax.random.fold_in(key, idx), p.shape) / math.sqrt(p.fan_in)).astype(p.dtype)
   return jax.tree.unflatten(tree, [one(i, p) for i, p in enumerate(leaves)])
 
 
@@ -121,9 +123,24 @@ def shardings(specs: Specs, mesh: Mesh) -> Params:
   return jax.tree.map(lambda p: NamedSharding(mesh, parallel.spec(p.axes, p.shape, mesh)), specs, is_leaf=is_param)
 
 
-def cast(specs: Specs, params: Params, dtype) -> Params:
-  """Returns the parameters with the linear maps in another dtype; norms and biases stay as they are."""
-  return jax.tree.map(lambda p, x: x.astype(dtype) if p.fan_in else x, specs, params, is_leaf=is_param)
+def kept_in(specs: Specs, dtype: str) -> Specs:
+  """Returns the table with its linear maps kept in another dtype; norms and biases stay as they are.
+
+  What multiplies activations is cast to their dtype first, so with bfloat16 activations linear maps that are kept in
+  bfloat16 give the same numbers bit for bit, whatever they were; with float32 ones where bfloat16 holds their values.
+  """
+  return jax.tree.map(lambda p: p._replace(dtype=dtype) if p.fan_in else p, specs, is_leaf=is_param)
+
+
+def cast(specs: Specs, params: Params) -> Params:
+  """Returns the parameters in the dtypes of the table."""
+  return jax.tree.map(lambda p, x: x.astype(p.dtype), specs, params, is_leaf=is_param)
+
+
+def abstract(specs: Specs, shardings: Params | None = None) -> Params:
+  """Returns the table's shapes and dtypes, with shardings where they are given."""
+  one = lambda p, s=None: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s)
+  return jax.tree.map(one, specs, *([] if shardings is None else [shardings]), is_leaf=is_param)
 
 
 def count(specs: Specs) -> int:

@@ -2,10 +2,12 @@
 
 A module's adapter is lora_A [rank, in] and lora_B [out, rank] under base_model.model.<module>; what it adds to the
 weight is lora_alpha / rank times B A.  https://github.com/huggingface/peft, docs/source/developer_guides/checkpoint.md.
+Experts have modules of their own there (transformers before 5), or two stacked parameters a layer (models.peft_experts).
 """
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+import itertools
 import json
 import re
 from typing import Any, NamedTuple
@@ -14,7 +16,8 @@ from etils import epath
 import jax
 import numpy as np
 
-from rlsearch.models import hf, hf_read, hf_table, lora, params as params_lib, safetensors_file
+from rlsearch import parallel
+from rlsearch.models import hf, hf_read, hf_table, lora, params as params_lib, peft_experts, safetensors_file
 from rlsearch.models.config import ModelConfig
 from rlsearch.models.hf_place import DTYPES
 from rlsearch.models.params import Param, Specs
@@ -26,8 +29,7 @@ PREFIX = 'base_model.model.'
 # values under which they do not.
 FIXED: Mapping[str, tuple[Any, ...]] = {
     'use_rslora': (False,), 'use_dora': (False,), 'bias': ('none',), 'lora_bias': (False,), 'fan_in_fan_out': (False,),
-    'modules_to_save': (None, []), 'rank_pattern': (None, {}), 'alpha_pattern': (None, {}),
-    'layer_replication': (None,), 'layers_to_transform': (None,), 'target_parameters': (None, []),
+    'modules_to_save': (None, []), 'layer_replication': (None,), 'layers_to_transform': (None,),
     'trainable_token_indices': (None,),
     'alora_invocation_tokens': (None,), 'use_qalora': (False,), 'use_bdlora': (None,), 'arrow_config': (None,),
     'kasa_config': (None,), 'velora_config': (None,), 'monteclora_config': (None,),
@@ -53,8 +55,7 @@ class Adapter(NamedTuple):
 def modules(config: ModelConfig) -> dict[str, Param]:
   """Returns the linear maps that have an adapter, by our names.
 
-  Each expert of a mixture has its own, as where transformers (before 5) has a module for each; PEFT stacks them when it
-  loads them into a later version.
+  Each expert of a mixture has its own, as where transformers (before 5) has a module for each.
   """
   layers = params_lib.transformer_specs(config)['layers']
   return {name: layers[name] for name in lora.LINEAR if name in layers}
@@ -112,16 +113,31 @@ def load(folder: epath.PathLike, config: ModelConfig, shardings: Params | None =
   tensors = {(PREFIX + ours(n.removeprefix(PREFIX)) if n.startswith(PREFIX) else n): t for n, t in found.items()}
   trained_on = said.get('base_model_name_or_path')
   hint = f'; the adapter was trained on {trained_on!r}, which has to be the base'
-  targets = _targets(folder, modules(config), tensors, said.get('target_modules'), hint)
-  table = specs(config, rank, targets)
+  stack = peft_experts.stacked(config, said, tensors, rank, alpha, str(folder / CONFIG))
+  alone, named = [n for n in tensors if not peft_experts.TENSOR.fullmatch(n)], said.get('target_modules')
+  targets = _targets(folder, modules(config), alone, named, hint) if alone or named or not stack.ranks else ()
+  if twice := set(targets) & set(stack.targets):
+    raise ValueError(f'{folder}: adapts experts one by one and stacked: {sorted(twice)}; wants one of the two')
+  table = {'layers': specs(config, rank, targets)['layers'] if targets else {},
+           'experts': peft_experts.specs(config, stack, PREFIX)}
   rows = hf_table.by_path(table).values()
   hf_read.complain(folder, {n: hf_table.layout(p).shape for p in rows for _, n in hf_table.names(p)}, tensors, hint)
-  if shardings is None:
-    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shardings = jax.tree.map(lambda p: one, table, is_leaf=params_lib.is_param)
-  params, _ = hf_read.fill(folder, tensors, table, shardings, dtype)
+  read, _ = hf_read.fill(folder, tensors, table, _places(table, shardings), dtype)
+  layers = {**read['layers'], **peft_experts.split(config, read['experts'], rank, str(folder))}
+  if shardings is not None:
+    layers = jax.jit(lambda x: x, out_shardings=shardings['layers'])(layers)
   odd = (f'{folder}: the adapter was trained on {trained_on!r}; the base is {base!r}',)
-  return Adapter(params, rank, alpha, targets, odd if base and trained_on and trained_on != base else ())
+  return Adapter({'layers': layers}, rank, alpha, (*targets, *stack.targets),
+                 odd if base and trained_on and trained_on != base else ())
+
+
+def _places(table: Specs, shardings: Params | None) -> Params:
+  """Where the table is read to: stacked experts whole to every device, before they are taken apart."""
+  everywhere = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  if shardings is not None:
+    everywhere = parallel.replicated(jax.tree.leaves(shardings)[0].mesh)
+  places = jax.tree.map(lambda p: everywhere, table, is_leaf=params_lib.is_param)
+  return places if shardings is None else {**places, 'layers': {n: shardings['layers'][n] for n in table['layers']}}
 
 
 def _targets(folder: epath.Path, known: Mapping[str, Param], tensors: Iterable[str], named: Any, hint: str
@@ -158,7 +174,7 @@ def _checked(said: Mapping[str, Any], folder: epath.Path) -> tuple[int, float]:
 ## Export.
 
 def export(folder: epath.PathLike, config: ModelConfig, adapters: Params, alpha: float, base: str,
-           dtype: str = 'float32', write: bool = True) -> None:
+           dtype: str = 'float32', write: bool = True, stacked: bool = True) -> None:
   """Writes adapter_config.json and adapter_model.safetensors: the folder has its name once both are there.
 
   A folder of that name is replaced.
@@ -171,6 +187,7 @@ def export(folder: epath.PathLike, config: ModelConfig, adapters: Params, alpha:
     base: name or path of the base's folder, for whoever loads the adapter.
     dtype: 'float32' or 'bfloat16'.
     write: False: only help to gather, where another host writes.
+    stacked: experts as transformers 5 has them; False: one by one, as before.
 
   Raises:
     ValueError: adapters that PEFT does not have, of different ranks, or of another shape than the base's.
@@ -187,20 +204,35 @@ def export(folder: epath.PathLike, config: ModelConfig, adapters: Params, alpha:
            if tuple(arrays[path].shape) != p.shape]
   if wrong:
     raise ValueError(f'adapters{", ".join(wrong[:8])}')
-  tensors = [(name, hf.NAMES[dtype], hf_table.layout(p).shape) for p in table.values() for _, name in hf_table.names(p)]
-  values = (np.ascontiguousarray(x, DTYPES[dtype])
-            for path, p in table.items() for x in hf.split(p, hf.whole(arrays[path])))
+  experts = [name for name in targets if stacked and 'expert' in modules(config)[name].axes]
+  whole = {name: jax.tree.map(hf.whole, adapters['layers'][name]) for name in experts}
+  own = {path: p for path, p in table.items() if not any(f"['{name}']" in path for name in experts)}
+  names = [(name, hf_table.layout(p).shape) for p in own.values() for _, name in hf_table.names(p)]
+  values = (x for path, p in own.items() for x in hf.split(p, hf.whole(arrays[path])))
   if not write:
     for _ in values:
       pass
     return
-  known = modules(config)
-  said = {
-      'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': base, 'revision': None,
-      'inference_mode': True, 'r': ranks[0], 'lora_alpha': int(alpha) if alpha == int(alpha) else alpha,
-      'lora_dropout': 0.0, 'target_modules': sorted(_leaf(known[name]) for name in targets), 'bias': 'none',
-      'fan_in_fan_out': False, 'init_lora_weights': True, 'modules_to_save': None, 'use_rslora': False,
-      'use_dora': False, 'rank_pattern': {}, 'alpha_pattern': {}, 'layers_to_transform': None, 'layers_pattern': None}
+  fused, more = peft_experts.fuse(whole, PREFIX)
+  tensors = [(name, hf.NAMES[dtype], shape) for name, shape in [*names, *((n, shape) for n, shape, _ in more)]]
+  values = (np.ascontiguousarray(x, DTYPES[dtype]) for x in itertools.chain(values, (make() for *_, make in more)))
+  said = _said(config, [name for name in targets if name not in experts], fused, ranks[0], alpha, base)
   with safetensors_file.replacing(epath.Path(folder)) as part:
     safetensors_file.write(part / WEIGHTS, tensors, values)
     (part / CONFIG).write_text(json.dumps(said, indent=2))
+
+
+def _said(config: ModelConfig, targets: Sequence[str], fused: Mapping[str, int], rank: int, alpha: float, base: str
+          ) -> dict[str, Any]:
+  """The content of adapter_config.json; `fused` has the ranks of the stacked parameters."""
+  known, whole = modules(config), lambda x: int(x) if x == int(x) else x
+  other = {name: r for name, r in fused.items() if r != rank}
+  return {
+      'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': base, 'revision': None,
+      'inference_mode': True, 'r': rank, 'lora_alpha': whole(alpha), 'lora_dropout': 0.0,
+      'target_modules': sorted(_leaf(known[name]) for name in targets), 'bias': 'none', 'fan_in_fan_out': False,
+      'init_lora_weights': True, 'modules_to_save': None, 'use_rslora': False, 'use_dora': False,
+      'rank_pattern': {peft_experts.PATTERN: r for r in other.values()},
+      'alpha_pattern': {peft_experts.PATTERN: whole(alpha * r / rank) for r in other.values()},
+      'layers_to_transform': None, 'layers_pattern': None,
+      'target_parameters': [f'mlp.experts.{name}' for name in fused] or None}

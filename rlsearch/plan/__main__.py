@@ -15,7 +15,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from rlsearch import settings
+from rlsearch import reserve, settings
 from rlsearch.plan import chips, planning, report, topology as topology_lib
 from rlsearch.plan.roofline import Assumptions
 from rlsearch.rollout.pack import Bucket
@@ -47,7 +47,7 @@ def axes(text: str, flag: str) -> dict[str, int]:
 
 def largest(buckets: Any, rows: int, length: int) -> Bucket:
   """Returns the bucket to compile: the config's with most tokens, with what was asked for in its place."""
-  most = max((Bucket(*map(int, pair)) for pair in buckets), key=lambda b: b.rows * b.length)
+  most = reserve.widest([Bucket(*map(int, pair)) for pair in buckets])
   return Bucket(rows or most.rows, length or most.length)
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from rlsearch import reserve
 from rlsearch.plan import hlo
 from rlsearch.plan.hlo import Collective
 
@@ -50,6 +51,11 @@ class Compiled(NamedTuple):
   collectives: Sequence[Collective] | None = None
   read_from: str = ''
   failed: str = ''
+
+  @property
+  def own(self) -> int:
+    """Bytes that the program takes beside its arguments."""
+    return reserve.own_bytes(self.temporaries, self.outputs, self.aliased, self.code)
 
   @property
   def total(self) -> int:

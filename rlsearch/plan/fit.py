@@ -51,13 +51,13 @@ def meshes(config: ModelConfig, num_devices: int) -> Iterator[dict[str, int]]:
         yield {'fsdp': num_devices // tensor // expert, 'expert': expert, 'tensor': tensor}
 
 
-def part(specs: Mapping, shape: Mapping[str, int]) -> int:
-  """Returns the numbers of a table that one device holds."""
+def part(specs: Mapping, shape: Mapping[str, int], size: int = 0) -> int:
+  """Returns the bytes of a table that one device holds; with `size` bytes of each number where that is given."""
   mesh = Shape({axis: shape.get(axis, 1) for axis in parallel.AXES})
   total = 0
   for p in jax.tree.leaves(specs, is_leaf=params_lib.is_param):
     names = [n for s in parallel.spec(p.axes, p.shape, mesh) if s for n in ((s,) if isinstance(s, str) else s)]
-    total += math.prod(p.shape) // math.prod(mesh.shape[n] for n in names)
+    total += math.prod(p.shape) // math.prod(mesh.shape[n] for n in names) * (size or np.dtype(p.dtype).itemsize)
   return total
 
 
@@ -105,8 +105,8 @@ def update(specs: Mapping[str, Mapping], frozen: Mapping[str, Mapping], moments:
   found = []
   for shape in meshes(config, num_devices):
     ways = shape['fsdp'] * shape['expert']
-    trained = 4 * part(specs, shape)
-    resident = int(trained * (2 + moments)) + 4 * part(frozen, shape)
+    trained = part(specs, shape)
+    resident = int(trained * (2 + moments)) + part(frozen, shape)
     whole = -(-rows // ways) * ways
     found.append(Candidate({axis: n for axis, n in shape.items() if n > 1} or {'fsdp': 1}, resident,
                            temporaries(config, shape, whole, length, trained)))
@@ -122,7 +122,7 @@ def sampler(s: Sampler, host_devices: int, room: int) -> list[tuple[int, int]]:
     if s.entry['rows'] % shards or s.entry['rows'] // shards % s.entry['members']:
       continue
     one = s._replace(mesh=shape, shards=shards)
-    copy = size * part(params_lib.transformer_specs(s.config), {'tensor': tensor})
+    copy = part(params_lib.transformer_specs(s.config), {'tensor': tensor}, size)
     need = copy + max(copy, sampler_lib.working_bytes(one) + (s.widths[-1] + 4) * one.page_bytes)
     if need <= room:
       found.append((tensor, need))

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from rlsearch import parallel
+from rlsearch import parallel, reserve
+from rlsearch.engines import memory
+from rlsearch.engines.memory import Reserve
 from rlsearch.models import params as params_lib
 from rlsearch.plan import compiling, fit, resident, roofline, sampler as sampler_lib, trainer as trainer_lib
 from rlsearch.plan.compiling import Compiled
@@ -17,6 +19,7 @@ from rlsearch.plan.sampler import Sampler
 from rlsearch.plan.topology import Topology
 from rlsearch.plan.trainer import Trainer
 from rlsearch.rollout.pack import Bucket
+from rlsearch.update import Block
 
 PHASES = ('sampler', 'snapshot', 'update')
 
@@ -44,7 +47,7 @@ class Phase(NamedTuple):
   @property
   def beside(self) -> int:
     """Bytes beside the items while the largest program runs: inputs, temporaries, outputs of its own, code."""
-    return self.inputs + max((p.temporaries + max(0, p.outputs - p.aliased) + p.code for p in self.programs), default=0)
+    return self.inputs + max((p.own for p in self.programs), default=0)
 
   @property
   def total(self) -> int:
@@ -120,18 +123,22 @@ def make(config: Mapping[str, Any], topology: Topology, bucket: Bucket, phases: 
   s = sampler_lib.make(t.model.config, config['engine'], t.method.protocol.stops, config['sampler_mesh'],
                        topology.hosts[0])
   held, limit = resident.of_trainer(t), topology.chip.hbm_bytes
-  kept, notes = (), []
+  kept, handed, notes = (), (), []
   if not topology.ahead:
     notes.append('temporaries and collectives are those of a CPU\'s compiler for the same mesh')
+  rows = t.rows(bucket)
+  updating = _update_programs(t, bucket, topology, phases, say)
   if s is not None:
-    free = limit - resident.total(held) - sampler_lib.weight_bytes(s)
-    pages = sampler_lib.num_pages(s, free, topology.platform)
+    handed = _hand_over(t, s, len(topology.hosts))
+    kept_for = trainer_lib.reserved(t, rows, updating, resident.total(handed))
+    pages = sampler_lib.num_pages(s, limit - resident.total(held), topology.platform, kept_for)
     kept = resident.of_sampler(s, pages)
-    notes += [_pool_note(s, pages), *_copies_note(s.mesh, t.model.config, 'sampler')]
+    notes += [_pool_note(s, pages, kept_for, topology), *_copies_note(s.mesh, t.model.config, 'sampler')]
   notes += _copies_note(mesh, t.model.config, 'update')
   items = [*held, *kept, Item(f'index ({config["retriever"].get("name")}: in host memory)', 0)]
-  found = [*_hand_over(t, s, items, limit, len(topology.hosts)), *_sampler_phase(t, s, pages if s else 0, items, limit, topology, phases, say),
-           *_update_phases(t, bucket, items, limit, topology, phases, say)]
+  found = [*([Phase('hand-over', [*items, *handed], (), 0, limit)] if handed else []),
+           *_sampler_phase(t, s, pages if s else 0, items, limit, topology, phases, say),
+           *_update_phases(t, rows, updating, items, limit)]
   programs = {p.name: p for phase in found for p in phase.programs}
   assumptions = roofline.within(assumptions, config['length'], t.method.protocol.max_turns)
   w = roofline.work(config, assumptions)
@@ -148,10 +155,11 @@ def make(config: Mapping[str, Any], topology: Topology, bucket: Bucket, phases: 
               roofline.run(config['steps'], seconds, len(topology.devices)), notes)
 
 
-def _pool_note(s: Sampler, pages: int) -> str:
+def _pool_note(s: Sampler, pages: int, kept: Reserve, topology: Topology) -> str:
   longest = s.widths[-1] * s.entry['page_tokens']
-  rows = pages // s.widths[-1]
-  return (f'{s.rows} slots a device share {pages} pages: room for {rows} paths of {longest} tokens'
+  left = f', which leave {_gib(kept.bytes)} for the update' if kept.bytes else ', as if the update, not compiled, took nothing'
+  left = '' if s.entry['num_pages'] or topology.platform == 'cpu' else left
+  return (f'{s.rows} slots a device share {pages} pages{left}: room for {pages // s.widths[-1]} paths of {longest} tokens'
           + ('' if pages >= s.least_pages else
              f'; with fewer than {s.least_pages}, slots wait for one another when their paths are long'))
 
@@ -164,21 +172,10 @@ def _copies_note(mesh, config, what: str) -> list[str]:
       'that another device has too']
 
 
-def _hand_over(t: Trainer, s: Sampler | None, items: Sequence[Item], limit: int, num_hosts: int) -> list[Phase]:
-  """Between two steps: the new policy in the trainer's parts and in the sampler's, and what both forms share a moment.
-
-  Arrays that the sampler may give up are in both forms one at a time; otherwise all of them are.
-  """
-  if s is None:
-    return []
-  if not t.programs.fresh:
-    return [Phase('hand-over', [*items, Item('sampler copy, stacked', sampler_lib.weight_bytes(s))], (), 0, limit)]
-  cast = sampler_lib.array_bytes(s.config, t.mesh)
-  more = [Item("policy, cast, in the trainer's parts", sum(cast)),
-          Item('largest array in both forms', max(sampler_lib.array_bytes(s.config, s.mesh)))]
-  if num_hosts > 1:
-    more.append(Item('largest array or layer, gathered over hosts', resident.largest_gathered(s.config)))
-  return [Phase('hand-over', [*items, *more], (), 0, limit)]
+def _hand_over(t: Trainer, s: Sampler, num_hosts: int) -> list[Item]:
+  """What lies beside the sampler's copy between two steps."""
+  arrays = memory.array_bytes(s.config, params_lib.transformer_specs(s.config), s.mesh)
+  return [Item(name, size) for name, size in reserve.handing(t.given, arrays, num_hosts).items()]
 
 
 def _sampler_phase(t: Trainer, s: Sampler | None, pages: int, items: Sequence[Item], limit: int, topology: Topology,
@@ -200,26 +197,32 @@ def _sampler_phase(t: Trainer, s: Sampler | None, pages: int, items: Sequence[It
   return [Phase('sampler', items, programs, s.states * ids.vocab_size * 4, limit)]
 
 
-def _update_phases(t: Trainer, bucket: Bucket, items: Sequence[Item], limit: int, topology: Topology,
-                   phases: Sequence[str], say) -> list[Phase]:
+def _update_programs(t: Trainer, bucket: Bucket, topology: Topology, phases: Sequence[str], say) -> dict[str, Compiled]:
+  """The programs of the phases that are asked for, by name."""
+  lowered = lambda t: reserve.lowered(t.given, t.rows(bucket))
   def virtual(name):
     mesh = parallel.make_mesh(dict(t.mesh.shape), jax.devices('cpu')[:t.mesh.size])
-    return trainer_lib.lowered(trainer_lib.make(t.config, mesh), bucket)[name]()
-  lowered, given = trainer_lib.lowered(t, bucket), trainer_lib.block(t, bucket)
+    return lowered(trainer_lib.make(t.config, mesh))[name]()
+  found = {}
+  for name, lower in lowered(t).items():
+    phase = 'snapshot' if name == 'snapshot' else 'update'
+    if phase in phases:
+      say(f'{phase}: {name}')
+      found[name] = compiling.run(name, lower, t.mesh.size, say, partial(virtual, name) if topology.ahead else None)
+  return found
+
+
+def _update_phases(t: Trainer, rows: Block, programs: Mapping[str, Compiled], items: Sequence[Item], limit: int
+                   ) -> list[Phase]:
   if not t.options.off_policy_steps:                           # the sampler gives its copy up before the update
     items = [item for item in items if item.name != 'sampler copy']
-  gradients = Item('gradients', resident.device_bytes(t.sums))
+  gradients = Item('gradients', reserve.device_bytes(t.given.sums))
   found = []
-  for phase, names, inputs, more in (('snapshot', ['snapshot'], resident.device_bytes(given.layout), []),
-                                     ('update', ['accumulate', 'apply'], resident.device_bytes(given), [gradients])):
-    programs = []
-    for name in names:
-      if phase in phases and name in lowered:
-        say(f'{phase}: {name}')
-        instead = partial(virtual, name) if topology.ahead else None
-        programs.append(compiling.run(name, lowered[name], t.mesh.size, say, instead))
-    if programs:
-      found.append(Phase(phase, [*items, *more], programs, inputs, limit))
+  for phase, names, inputs, more in (('snapshot', ['snapshot'], rows.layout, []),
+                                     ('update', ['accumulate', 'apply'], rows, [gradients])):
+    own = [programs[name] for name in names if name in programs]
+    if own:
+      found.append(Phase(phase, [*items, *more], own, reserve.device_bytes(inputs), limit))
   return found
 
 
@@ -228,9 +231,10 @@ def replicas(t: Trainer, s: Sampler | None) -> list[Replica]:
   found = []
   for kind in (t.model.trainable, t.model.frozen):
     for group, specs in kind.items():
-      found += resident.replicas(specs, t.mesh, 4, f'{group}.')
+      found += resident.replicas(specs, t.mesh, f'{group}.')
   if s is not None:
-    found += resident.replicas(params_lib.transformer_specs(s.config), s.mesh, 2, 'sampler.')
+    own = params_lib.kept_in(params_lib.transformer_specs(s.config), s.config.dtype)
+    found += resident.replicas(own, s.mesh, 'sampler.')
   return found
 
 
@@ -250,7 +254,7 @@ def advice(t: Trainer, s: Sampler | None, phases: Sequence[Phase], bucket: Bucke
     said += _pool_advice(s, bad)
   taken = sum(item.bytes for item in bad[0].items if item.name.startswith('keys') or item.name == 'sampler copy')
   room = topology.chip.hbm_bytes - taken
-  moments = resident.device_bytes(t.state.opt_state) / max(1, resident.device_bytes(t.state.trainable))
+  moments = reserve.device_bytes(t.state.opt_state) / max(1, reserve.device_bytes(t.state.trainable))
   candidates = fit.update(t.model.trainable, t.model.frozen, moments, config, num, microbatch, bucket.length)
   fitting = [c for c in candidates if c.total <= room][:3]
   show = lambda c: (','.join(f'{axis}={n}' for axis, n in c.mesh.items()) + f' ({_gib(c.total)})')

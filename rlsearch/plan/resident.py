@@ -16,6 +16,7 @@ from rlsearch.models.config import ModelConfig
 from rlsearch.plan import sampler as sampler_lib
 from rlsearch.plan.sampler import Sampler
 from rlsearch.plan.trainer import Trainer
+from rlsearch.reserve import device_bytes
 
 LARGE = 64 << 20          # bytes that a device need not hold: less is not worth a word
 PARTS = ('fsdp', 'sequence', 'expert', 'tensor')      # mesh axes that a weight can lie over
@@ -43,12 +44,6 @@ class Replica(NamedTuple):
   why: str
 
 
-def device_bytes(tree: Any) -> int:
-  """Returns the bytes of one device's part of a tree of shapes with shardings."""
-  one = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
-  return sum(one(x) for x in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended))
-
-
 def of_trainer(trainer: Trainer) -> list[Item]:
   """Returns weights, moments and frozen weights: what the trainer holds all the time."""
   state = trainer.state
@@ -68,13 +63,12 @@ def total(items: Sequence[Item]) -> int:
   return sum(item.bytes for item in items)
 
 
-def replicas(specs: Mapping[str, Any], mesh: Mesh, size: int, prefix: str = '') -> list[Replica]:
+def replicas(specs: Mapping[str, Any], mesh: Mesh, prefix: str = '') -> list[Replica]:
   """Returns the matrices of a table that lie whole along a mesh axis that could cut them, if that takes LARGE bytes.
 
   Args:
     specs: a table of parameters.
     mesh: that it lies on.
-    size: bytes of a number.
     prefix: of names.
   """
   found = []
@@ -84,7 +78,7 @@ def replicas(specs: Mapping[str, Any], mesh: Mesh, size: int, prefix: str = '') 
     spec = tuple(parallel.spec(p.axes, p.shape, mesh)) + (None,) * len(p.shape)
     names = [() if s is None else (s,) if isinstance(s, str) else tuple(s) for s in spec][:len(p.shape)]
     used = {n for some in names for n in some}
-    here = math.prod(p.shape) * size // math.prod(mesh.shape[n] for n in used)
+    here = math.prod(p.shape) * np.dtype(p.dtype).itemsize // math.prod(mesh.shape[n] for n in used)
     for axis in PARTS:
       ways = mesh.shape.get(axis, 1)
       left = [d // math.prod(mesh.shape[n] for n in some) for d, some in zip(p.shape[1:], names[1:], strict=True)]
@@ -112,10 +106,3 @@ def key_value_copies(config: ModelConfig, mesh: Mesh) -> int:
   whole = 2 * config.num_layers * config.head_size * size
   M = config.num_kv_heads
   return 0 if M % ways == 0 else int(whole * (M - M / ways))
-
-
-def largest_gathered(config: ModelConfig) -> int:
-  """Returns the bytes of the largest array, or layer of a stacked one, that is whole on a device while hosts exchange it."""
-  size = np.dtype(jnp.dtype(config.dtype)).itemsize
-  leaves = jax.tree.leaves(params_lib.transformer_specs(config), is_leaf=params_lib.is_param)
-  return max(math.prod(p.shape[1:] if len(p.shape) > 2 else p.shape) for p in leaves) * size

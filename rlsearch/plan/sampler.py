@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ from rlsearch.engines.paged import programs as paged_programs
 from rlsearch.models import decode, paged as paged_model, params as params_lib
 from rlsearch.models.config import ModelConfig
 from rlsearch.models.paged import Slice
-from rlsearch.plan.trainer import with_sharding
+from rlsearch.reserve import with_sharding
 
 
 class Ids(NamedTuple):
@@ -79,7 +78,7 @@ def make(config: ModelConfig, engine: Mapping[str, Any], stops: Sequence[str], s
   if engine['name'] != 'paged':
     return None
   mesh = parallel.make_mesh(shape, devices, 'config.sampler_mesh')
-  entry = {'members': 1, 'num_pages': 0, 'memory_share': 0.8, **engine}
+  entry = {'members': 1, 'num_pages': 0, 'memory_share': 0.9, **engine}
   shards = mesh.size // mesh.shape['tensor']
   if entry['rows'] % shards or entry['rows'] // shards % entry['members']:
     raise ValueError(f'config.engine.rows={entry["rows"]}: not a multiple of the sampler\'s {shards} devices times '
@@ -92,38 +91,30 @@ def make(config: ModelConfig, engine: Mapping[str, Any], stops: Sequence[str], s
 
 def weight_bytes(sampler: Sampler) -> int:
   """Returns the bytes of one copy of the policy on one device, in the dtype of activations."""
-  return sum(array_bytes(sampler.config, sampler.mesh))
-
-
-def array_bytes(config: ModelConfig, mesh: Mesh) -> list[int]:
-  """Returns the bytes on one device of each array of a policy, in the dtype of activations."""
-  specs, size = params_lib.transformer_specs(config), np.dtype(jnp.dtype(config.dtype)).itemsize
-  each = jax.tree.map(lambda p, s: math.prod(s.shard_shape(p.shape)) * size, specs, params_lib.shardings(specs, mesh),
-                      is_leaf=params_lib.is_param)
-  return jax.tree.leaves(each)
+  return sum(memory.array_bytes(sampler.config, params_lib.transformer_specs(sampler.config), sampler.mesh))
 
 
 def working_bytes(sampler: Sampler) -> int:
   """Returns the bytes of pages that the widest slice copies before it runs, as engines.memory plans them."""
   each = memory.page_bytes(sampler.config, sampler.entry['page_tokens'], sampler.mesh.shape['tensor'])
-  rows, members = sampler.rows, sampler.entry['members']
-  grouped = (rows // members * sampler.widths[-1] + rows * sampler.own_width) * each if members > 1 else 0
-  return max(rows * sampler.widths[-1] * each, grouped)
+  return memory.working_bytes(each, sampler.rows, sampler.entry['members'], sampler.widths[-1], sampler.own_width)
 
 
-def num_pages(sampler: Sampler, free: int, platform: str) -> int:
-  """Returns the pages of a device's pool: config.engine.num_pages, or a share of what is free, as engines.memory.
+def num_pages(sampler: Sampler, free: int, platform: str, reserve: memory.Reserve = memory.Reserve()) -> int:
+  """Returns the pages of a device's pool: config.engine.num_pages, or what engines.memory plans.
 
   Args:
     sampler: of the host.
-    free: bytes of a device beside the trainer's state and the sampler's weights.
+    free: bytes of a device beside the trainer's state.
     platform: a CPU does not say what is free; there the pool holds twice the longest paths of all slots.
+    reserve: for the update.
   """
   if sampler.entry['num_pages']:
     return sampler.entry['num_pages']
   if platform == 'cpu':
     return 1 + 2 * sampler.rows * (sampler.widths[-1] + paged_model.TAIL)
-  return max(0, int((sampler.entry['memory_share'] * free - working_bytes(sampler)) // sampler.page_bytes))
+  return memory.pages_in(free, sampler.entry['memory_share'], weight_bytes(sampler), working_bytes(sampler), reserve,
+                         sampler.page_bytes)
 
 
 def lowered(sampler: Sampler, pages: int, ids: Ids) -> dict[str, Any]:
