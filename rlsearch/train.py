@@ -20,7 +20,7 @@ from rlsearch import (checkpoint, engines, evaluate as evaluate_lib, hosts as ho
                       method as method_lib, outside, parallel, profiling, runs, services, settings, update, weights)
 from rlsearch.checkpoint import Run
 from rlsearch.evaluate import Evals
-from rlsearch.models import assembly, params as params_lib
+from rlsearch.models import assembly, params as params_lib, sampled
 from rlsearch.programs import assert_one_trace_a_bucket, make_programs, update_step, used_rows
 from rlsearch.rollout import ahead, grow as grow_lib, pack as pack_lib, render as render_lib, score as score_lib
 from rlsearch.rollout import trees as trees_lib
@@ -77,7 +77,7 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
     raise ValueError(f'stage {name!r}: steps={config["steps"]}, but {folder} holds a run of {first} steps')
 
   sampler = services.sampler_mesh(config, model.config)
-  to_sampler = lambda params: parallel.to_local(params, params_lib.shardings(trunk, sampler))
+  to_sampler = lambda params: parallel.to_local(params, params_lib.shardings(sampled.specs(trunk), sampler))
   engine  = method_lib.resolve('engine', engines, config['engine'], model, shared.tok, method.protocol.stops, sampler)
   own     = services.own(config, engine, shared.tok, model.config, folder.parent, sampler)
   tools   = outside.make(shared.services, **config['tools'], own=own)

@@ -1,6 +1,7 @@
 """The planner as a whole: on virtual CPUs with a tiny model, and on TPU slices that are not there."""
 from __future__ import annotations
 
+from functools import partial
 import json
 import os
 import pathlib
@@ -188,11 +189,12 @@ class TestSampler:
     assert list(found) == ['prefill', 'decode'] and 'stablehlo' in found['prefill']().as_text()
 
   def test_tensor_ways_that_would_fit(self):
-    _, s = self.sampler()
-    found = dict(fit.sampler(s, 2, 1 << 40))
+    t, s = self.sampler()
+    fitting = partial(fit.sampler, s, t.model.config, 2)
+    found = dict(fitting(1 << 40))
     assert list(found) == [1, 2] and found[1] >= 2 * sampler_lib.weight_bytes(s)      # two heads, two devices
-    assert fit.sampler(s, 2, max(found.values()) - 1) == [(n, b) for n, b in found.items() if b < max(found.values())]
-    assert fit.sampler(s, 2, 1000) == []
+    assert fitting(max(found.values()) - 1) == [(n, b) for n, b in found.items() if b < max(found.values())]
+    assert fitting(1000) == []
 
   def test_another_engine_has_no_programs_of_ours(self):
     assert sampler_lib.make(None, {'name': 'simple'}, ('x',), {}, ()) is None

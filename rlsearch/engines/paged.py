@@ -18,7 +18,7 @@ from rlsearch.engines.lanes import Lane
 from rlsearch.engines.pages import Memory
 from rlsearch.engines.schedule import Schedule
 from rlsearch.engines.turns import to_turn
-from rlsearch.models import decode, paged as paged_model
+from rlsearch.models import decode, paged as paged_model, sampled
 from rlsearch.models.config import ModelConfig
 from rlsearch.models.model import Model
 from rlsearch.models.paged import Pool
@@ -26,11 +26,12 @@ from rlsearch.types import Engine, Ids
 
 
 class Programs(NamedTuple):
-  """What is compiled: `prefill` for whole pieces and for rests, `decode` for each lane, once a width."""
+  """What is compiled: `prefill` for whole pieces and for rests, `decode` for each lane, once a width; `logp` by its reader."""
   unstack: Any
   pool: Any
   prefill: Any
   decode: tuple[Any, ...]
+  logp: Any
 
 
 def paged(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *, rows: int, contexts: Sequence[int],
@@ -76,23 +77,23 @@ def paged(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *, row
   """
   shards = mesh.size // mesh.shape['tensor']
   _check(rows, shards, members, page_tokens, steps, chunk_rows, chunk_tokens, max_new_tokens)
+  config = sampled.held(model.config, mesh.shape['tensor'])
   widths = memory.widths_of(contexts, max_new_tokens, page_tokens)
   own_width = (page_tokens - 2 + max_new_tokens) // page_tokens + 1              # a page begun, and a whole turn
   each = rows // shards
-  plan = memory.plan(model.config, mesh, num_pages=num_pages, page_tokens=page_tokens, rows=each, members=members,
+  plan = memory.plan(config, mesh, num_pages=num_pages, page_tokens=page_tokens, rows=each, members=members,
                      widths=widths, own_width=own_width, share=memory_share)
   _tell_of_copies(model.config, mesh, plan)
   rule = decode.restriction(tok.vocab_size, top_k, top_p, min_p, logit_bias)
   lanes = [Lane(shards, each, 1, page_tokens, widths, widths)]
   if members > 1:
     lanes.append(Lane(shards, each, members, page_tokens, widths, (own_width,)))
-  program = programs(model.config, tok, mesh, [lane.members for lane in lanes], steps, rule, plan, page_tokens)
+  program = programs(config, tok, mesh, [lane.members for lane in lanes], steps, rule, plan, page_tokens)
   automaton = parallel.to_replicated(stops_lib.automaton(tok.token_bytes, stops, tok.end_ids), mesh)
   schedule = Schedule(lanes, [Memory(plan.num_pages, plan.num_rows) for _ in range(shards)], page_tokens=page_tokens,
                       max_new_tokens=max_new_tokens, steps=steps, chunk_rows=chunk_rows, chunk_tokens=chunk_tokens,
                       width=widths[-1])
-  read = scoring.reader(scoring.mean_logp(model.config), mesh, rows, contexts)
-  return _engine(tok, program, schedule, automaton, read, plan)
+  return _engine(tok, program, schedule, automaton, scoring.reader(program.logp, mesh, rows, contexts), plan)
 
 
 def _engine(tok: Tokenizer, program: Programs, schedule: Schedule, automaton: jax.Array, read: scoring.Reader,
@@ -154,9 +155,12 @@ def _engine(tok: Tokenizer, program: Programs, schedule: Schedule, automaton: ja
 
 
 def _tell_of_copies(config: ModelConfig, mesh: Mesh, plan: memory.Plan) -> None:
-  if parallel.kv_copies(config.num_kv_heads, mesh) > 1 and jax.process_index() == 0:
-    print(f'sampler: {config.num_kv_heads} key/value heads over config.sampler_mesh.tensor={mesh.shape["tensor"]}: every '
-          f'device holds all of them, {plan.total_bytes / 2 ** 20:.0f} MiB', flush=True)
+  """Says what heads that lie more than once take."""
+  ways, copies = mesh.shape['tensor'], parallel.kv_copies(config.num_kv_heads, mesh)
+  if copies > 1 and jax.process_index() == 0:
+    here = 'one' if sampled.held(config, ways).num_kv_heads == ways else 'all'
+    print(f'sampler: {config.num_kv_heads} key/value heads over config.sampler_mesh.tensor={ways}: each lies on {copies} '
+          f'devices, {here} on each, {plan.total_bytes / 2 ** 20:.0f} MiB of keys and values a device', flush=True)
 
 
 def _check(rows, shards, members, page_tokens, steps, chunk_rows, chunk_tokens, max_new_tokens):
@@ -178,7 +182,7 @@ def programs(config: ModelConfig, tok: Tokenizer, mesh: Mesh, members: Sequence[
   """Returns the jitted programs, each device of data x fsdp on its own; over tensor, XLA divides the heads.
 
   Args:
-    config: shapes.
+    config: of models.sampled.held.
     tok: for its size and end token.
     mesh: the sampler's; nothing is put on its devices.
     members: rows of a group, of each lane.
@@ -204,9 +208,10 @@ def programs(config: ModelConfig, tok: Tokenizer, mesh: Mesh, members: Sequence[
                       (everywhere, mine, mine, everywhere), (mine, mine)),
               donate_argnums=1, out_shardings=(pool_sharding, NamedSharding(mesh, mine)))) for n in members)
   return Programs(
-      unstack=partial(paged_model.unstack, config, jax.jit(partial(paged_model.slices, config))),
+      unstack=sampled.unstacker(config, mesh),
       pool=jax.jit(lambda: paged_model.empty_pool(config, shards * plan.num_pages, page_tokens, shards * plan.num_rows),
                    out_shardings=pool_sharding),
-      prefill=memory.Measured(jax.jit(prefill, donate_argnums=1, out_shardings=pool_sharding)), decode=decodes)
+      prefill=memory.Measured(jax.jit(prefill, donate_argnums=1, out_shardings=pool_sharding)), decode=decodes,
+      logp=on_each(scoring.mean_logp(config), (everywhere, mine, mine, mine), mine))
 
 

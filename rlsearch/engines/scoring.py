@@ -30,8 +30,8 @@ def bucket(length: int, contexts: Sequence[int]) -> int:
 def reader(fn: Callable[..., jax.Array], mesh: Mesh, rows: int, contexts: Sequence[int]) -> Reader:
   """Returns read(params, sequences, marks) -> f32[n]: `fn` over the sequences, in their order.
 
-  A sequence longer than every declared shape gets NaN: it alone failed.  The others are sorted by length and padded into the declared shapes; rows are divided over the mesh's devices and
-  no number depends on another row.
+  A sequence longer than every declared shape gets NaN: it alone failed.  The others are sorted by length and padded into
+  the declared shapes; rows are divided over the mesh, but for its tensor axis, and no number depends on another row.
 
   Args:
     fn: (params, tokens i32[rows, C], lengths i32[rows], marks bool[rows, C]) -> f32[rows]; jitted here.
@@ -39,7 +39,7 @@ def reader(fn: Callable[..., jax.Array], mesh: Mesh, rows: int, contexts: Sequen
     rows: of one call; a multiple of the mesh's devices.
     contexts: lengths that a sequence is padded to, rising.
   """
-  by_rows = NamedSharding(mesh, P(mesh.axis_names))
+  by_rows = NamedSharding(mesh, P(tuple(axis for axis in mesh.axis_names if axis != 'tensor')))
   compiled = jax.jit(fn, out_shardings=by_rows)                # parameters as they lie
 
   def read(params: Params, sequences: Sequence[Ids], marks: Sequence[np.ndarray]) -> np.ndarray:

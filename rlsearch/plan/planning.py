@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import jax
 
 from rlsearch import parallel
-from rlsearch.models import params as params_lib
-from rlsearch.plan import compiling, fit, resident, roofline, sampler as sampler_lib, trainer as trainer_lib
+from rlsearch.engines import memory
+from rlsearch.models import params as params_lib, sampled
+from rlsearch.plan import (compiling, fit, resident, roofline, sampler as sampler_lib, topology as topology_lib,
+                           trainer as trainer_lib)
 from rlsearch.plan.compiling import Compiled
 from rlsearch.plan.resident import Item, Replica
 from rlsearch.plan.roofline import Assumptions
@@ -118,7 +120,7 @@ def make(config: Mapping[str, Any], topology: Topology, bucket: Bucket, phases: 
   whole = parallel.whole_rows(t.options.microbatch_rows, mesh)
   bucket = Bucket(-(-bucket.rows // whole) * whole, bucket.length)
   s = sampler_lib.make(t.model.config, config['engine'], t.method.protocol.stops, config['sampler_mesh'],
-                       topology.hosts[0])
+                       topology_lib.of_sampler(topology))
   held, limit = resident.of_trainer(t), topology.chip.hbm_bytes
   kept, notes = (), []
   if not topology.ahead:
@@ -157,11 +159,10 @@ def _pool_note(s: Sampler, pages: int) -> str:
 
 
 def _copies_note(mesh, config, what: str) -> list[str]:
-  copies = resident.key_value_copies(config, mesh)
-  return [] if not copies else [
-      f'{what}: {mesh.shape["tensor"]} tensor ways and {config.num_kv_heads} key heads: each lies '
-      f'{mesh.shape["tensor"] // config.num_kv_heads} times, {copies} bytes of keys and values a token on each device '
-      'that another device has too']
+  ways, copies = mesh.shape['tensor'], parallel.kv_copies(config.num_kv_heads, mesh)
+  return [] if copies == 1 else [
+      f'{what}: {ways} tensor ways and {config.num_kv_heads} key heads: each lies on {copies} devices, '
+      f'{memory.page_bytes(sampled.held(config, ways), 1, ways)} bytes of keys and values a token on each']
 
 
 def _hand_over(t: Trainer, s: Sampler | None, items: Sequence[Item], limit: int, num_hosts: int) -> list[Phase]:
@@ -173,11 +174,12 @@ def _hand_over(t: Trainer, s: Sampler | None, items: Sequence[Item], limit: int,
     return []
   if not t.programs.fresh:
     return [Phase('hand-over', [*items, Item('sampler copy, stacked', sampler_lib.weight_bytes(s))], (), 0, limit)]
-  cast = sampler_lib.array_bytes(s.config, t.mesh)
+  config, table = t.model.config, params_lib.transformer_specs(t.model.config)
+  cast = sampler_lib.array_bytes(config, table, t.mesh)
   more = [Item("policy, cast, in the trainer's parts", sum(cast)),
-          Item('largest array in both forms', max(sampler_lib.array_bytes(s.config, s.mesh)))]
+          Item('largest array in both forms', max(sampler_lib.array_bytes(config, sampled.specs(table), s.mesh)))]
   if num_hosts > 1:
-    more.append(Item('largest array or layer, gathered over hosts', resident.largest_gathered(s.config)))
+    more.append(Item('largest array or layer, gathered over hosts', resident.largest_gathered(config)))
   return [Phase('hand-over', [*items, *more], (), 0, limit)]
 
 
@@ -230,7 +232,7 @@ def replicas(t: Trainer, s: Sampler | None) -> list[Replica]:
     for group, specs in kind.items():
       found += resident.replicas(specs, t.mesh, 4, f'{group}.')
   if s is not None:
-    found += resident.replicas(params_lib.transformer_specs(s.config), s.mesh, 2, 'sampler.')
+    found += resident.replicas(sampled.specs(params_lib.transformer_specs(s.config)), s.mesh, 2, 'sampler.')
   return found
 
 
@@ -243,7 +245,7 @@ def advice(t: Trainer, s: Sampler | None, phases: Sequence[Phase], bucket: Bucke
   said, config, num = [], t.model.config, len(topology.devices)
   if s is not None:
     own = resident.total(resident.of_trainer(t))
-    ways = fit.sampler(s, len(topology.hosts[0]), topology.chip.hbm_bytes - own)
+    ways = fit.sampler(s, config, s.mesh.size, topology.chip.hbm_bytes - own)
     found = ', '.join(f'tensor={n} ({_gib(need)} beside the trainer)' for n, need in ways)
     said.append(f'config.sampler_mesh: {found or "no number of tensor ways on one host"} would hold the policy, its '
                 'working set and the longest path')

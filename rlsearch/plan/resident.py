@@ -103,17 +103,6 @@ def _why(p: params_lib.Param, axis: str) -> str:
   return ', '.join(f'{axis} does not divide {name}={size}' for name, size in meant)
 
 
-def key_value_copies(config: ModelConfig, mesh: Mesh) -> int:
-  """Returns how many bytes of a token's keys and values a device holds that it need not: more tensor ways than heads.
-
-  With M key heads that t ways do not divide each device holds all M of every layer, where M / t would be its share.
-  """
-  size, ways = np.dtype(jnp.dtype(config.dtype)).itemsize, mesh.shape['tensor']
-  whole = 2 * config.num_layers * config.head_size * size
-  M = config.num_kv_heads
-  return 0 if M % ways == 0 else int(whole * (M - M / ways))
-
-
 def largest_gathered(config: ModelConfig) -> int:
   """Returns the bytes of the largest array, or layer of a stacked one, that is whole on a device while hosts exchange it."""
   size = np.dtype(jnp.dtype(config.dtype)).itemsize
