@@ -121,6 +121,24 @@ class TestAgainstSimple:
   def test_any_mesh(self, simple, shape):
     assert_same_tokens(two_turns(paged(parallel.make_mesh(shape), rows=16, members=2))[1], two_turns(simple)[1])
 
+  @pytest.mark.slow
+  @pytest.mark.parametrize('entries', [dict(), dict(num_experts=8, experts_per_token=2, expert_ffn=12),
+                                       dict(num_experts=6, experts_per_token=2, expert_ffn=12)], ids=str)
+  def test_any_tensor_ways(self, entries, capsys):
+    """Experts whole on the devices, or cut; with 4 ways each of the 2 key/value heads lies twice."""
+    model = models.make(small.shape(num_tokens=TOK.vocab_size, **entries))
+    weights, reference = small.weights(model.config), None
+    for tensor in (1, 2, 4):
+      mesh = parallel.make_mesh({'data': 2, 'tensor': tensor}, jax.devices()[:2 * tensor])
+      engine = engines.paged(model, TOK, ['</s>'], mesh, **{**ENTRIES, 'members': 2})
+      engine.set_params(parallel.to_replicated(weights, mesh), 3)
+      (_, following), turns = two_turns(engine)
+      logp = engine.logprob([r.context_ids for r in following], [turns[r.uid].token_ids for r in following])
+      reference = reference or (turns, logp)
+      assert_same_tokens(turns, reference[0])
+      np.testing.assert_allclose(logp, reference[1], atol=1e-5)
+    assert '2 key/value heads over config.sampler_mesh.tensor=4: each lies on 2 devices, one on each' in capsys.readouterr().out
+
   def test_forced_ids_and_versions(self, shared):
     wanted = first_turns()
     for uid, turn in sampled(shared, wanted).items():
