@@ -46,6 +46,12 @@ class TestHeld:
     with pytest.raises(ValueError, match='does not divide'):
       kernels.check_heads(config, mesh_of(8))
 
+  def test_a_mixture_that_ways_do_not_divide(self):
+    config = small.shape(num_experts=6, experts_per_token=2, expert_ffn=9)
+    assert sampled.held(config, 3) == config
+    with pytest.raises(ValueError, match=r'tensor=4: divides neither config\.model\.num_experts=6 nor expert_ffn=9'):
+      sampled.held(config, 4)
+
 
 class TestSpecs:
 

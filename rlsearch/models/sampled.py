@@ -26,8 +26,14 @@ def held(config: ModelConfig, ways: int) -> ModelConfig:
   """Returns the shapes of what a sampler holds: more tensor ways than key/value heads repeat them, one for each way.
 
   Head m of M becomes heads m t/M to (m + 1) t/M - 1 of t: query n of N reads number n t/N, a copy of n M/N.
+
+  Raises:
+    ValueError: ways that divide a mixture neither by its experts nor by their hidden size.
   """
   M = config.num_kv_heads
+  if config.num_experts % ways and config.expert_ffn % ways:
+    raise ValueError(f'config.sampler_mesh.tensor={ways}: divides neither config.model.num_experts={config.num_experts} nor '
+                     f'expert_ffn={config.expert_ffn}')
   more = ways > M and ways % M == 0 and config.num_heads % ways == 0
   return dataclasses.replace(config, num_kv_heads=ways) if more else config
 
