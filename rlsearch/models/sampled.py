@@ -1,7 +1,8 @@
 """A policy as a sampler holds it: one tree a layer, cut over the tensor axis of its own mesh.
 
 With t tensor ways a device has 1/t of the query heads and the key/value heads that those read, and 1/t of a mixture's
-experts, whole: their slices would be narrow (768 / 4 columns are no whole tile of a TPU), and every device has all tokens.
+experts, whole: their slices would be narrow (768 / 4 columns are no whole tile of a TPU).  Every device has all tokens, so
+a layer adds up twice over the axis and sends nothing else; devices wait for the one whose experts were chosen most.
 """
 from __future__ import annotations
 

@@ -123,7 +123,8 @@ def sampler(s: Sampler, config: ModelConfig, num_devices: int, room: int) -> lis
     room: bytes of a device beside the trainer's.
   """
   found, size = [], np.dtype(jnp.dtype(config.dtype)).itemsize
-  for tensor in (n for n in range(1, num_devices + 1) if num_devices % n == 0 and config.num_heads % n == 0):
+  divides = lambda n: num_devices % n == config.num_heads % n == 0 and 0 in (config.num_experts % n, config.expert_ffn % n)
+  for tensor in filter(divides, range(1, num_devices + 1)):
     shards, held = num_devices // tensor, sampled.held(config, tensor)
     if s.entry['rows'] % shards or s.entry['rows'] // shards % s.entry['members']:
       continue
