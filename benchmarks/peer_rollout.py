@@ -21,7 +21,6 @@ Works, by what happens at every turn:
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import time
@@ -50,7 +49,6 @@ if FLAGS:
   peer_common.prepare(FLAGS.threads)
 try:
   import torch
-  import transformers
   from transformers import DynamicCache, GenerationConfig, Qwen2Config, Qwen2ForCausalLM, StaticCache
 except ImportError as error:
   raise peer_common.missing(error) from None

@@ -7,7 +7,7 @@ the host made for it.  What lies on devices (weights, pages) every process has i
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 import contextlib
 import itertools
 import json

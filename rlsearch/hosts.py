@@ -248,7 +248,7 @@ def open_collectives(hosts: Hosts, mesh: Mesh) -> None:
   Gloo gives a group 30 s to connect when it is first used, and processes that compile for minutes on busy cores miss
   one another by more.  Here the programs are compiled first and the processes meet before they run them.
   """
-  if hosts.client is None or mesh.devices.flat[0].platform != 'cpu':
+  if hosts.client is None or not mesh.is_multi_process or mesh.devices.flat[0].platform != 'cpu':
     return
   axes = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
   ready = []

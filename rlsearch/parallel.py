@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.experimental import mesh_utils, multihost_utils
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
 # From the slowest links to the fastest.  slice: over the data-centre network; data: whole copies; fsdp: rows and a
@@ -29,6 +29,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     'kv_heads': ('tensor',),
     'ffn': ('tensor',),
     'expert': ('expert',),
+    'expert_whole': ('tensor',),          # of a sampler
     'vocab_in': ('tensor',),
     'vocab_out': ('tensor',),
 }
@@ -69,6 +70,12 @@ def _arranged(devices: Sequence[jax.Device], sizes: Sequence[int]) -> np.ndarray
     return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
   except (NotImplementedError, AssertionError):                # none of that shape is known, or they are no cuboid
     return np.asarray(devices).reshape(sizes)
+
+
+def around() -> AbstractMesh | None:
+  """Returns the mesh that a function is traced under, if that leaves it to divide what it computes over some axes."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh if AxisType.Auto in mesh.axis_types else None
 
 
 def check_hosts(mesh: Mesh) -> None:

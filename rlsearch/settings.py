@@ -17,8 +17,7 @@ from rlsearch.rollout.render import Length
 
 # Sections of a stage's config, each read by the code named behind it.
 SECTIONS = {
-    'seed': 'train', 'steps': 'train', 'mesh': 'parallel.make_mesh', 'sampler_mesh': 'parallel.make_mesh',
-    'sampler_hosts': 'crew.join', 'model': 'models.model.get', 'data': 'train',
+    'seed': 'train', 'steps': 'train', 'mesh': 'parallel.make_mesh', 'sampler_mesh': 'parallel.make_mesh', 'sampler_hosts': 'crew.join', 'model': 'models.model.get', 'data': 'train',
     'retriever': 'services.retriever', 'judge': 'services.judge', 'reward_module': 'settings.RewardModule', 'tools': 'outside.Limits', 'engine': 'engines', 'length': 'settings.lengths',
     'protocol': 'protocols', 'sampling': 'sampling', 'rewards': 'rewards', 'combine': 'rewards.combine',
     'credit': 'credit', 'objective': 'objectives', 'schedule': 'schedules', 'optimizer': 'optim',

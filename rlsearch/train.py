@@ -20,7 +20,7 @@ from rlsearch import (checkpoint, crew as crew_lib, engines, evaluate as evaluat
                       method as method_lib, outside, parallel, profiling, reserve, runs, services, settings, update, weights)
 from rlsearch.checkpoint import Run
 from rlsearch.evaluate import Evals
-from rlsearch.models import assembly, params as params_lib
+from rlsearch.models import assembly, params as params_lib, sampled
 from rlsearch.programs import assert_one_trace_a_bucket, make_programs, update_step, used_rows
 from rlsearch.rollout import ahead, grow as grow_lib, pack as pack_lib, render as render_lib, score as score_lib
 from rlsearch.rollout import trees as trees_lib
@@ -84,9 +84,8 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
     raise ValueError(f'stage {name!r}: steps={config["steps"]}, but {folder} holds a run of {first} steps')
 
   sampler = services.sampler_mesh(config, model.config, crew)
-  if crew.size > 1:
-    hosts_lib.open_collectives(around.hosts, sampler)
-  to_sampler = lambda params: parallel.to_local(params, params_lib.shardings(trunk, sampler))
+  hosts_lib.open_collectives(around.hosts, sampler)
+  to_sampler = lambda params: parallel.to_local(params, params_lib.shardings(sampled.specs(trunk), sampler))
   entry   = {**config['engine'], **reserve.entries(config['engine'], given, buckets, length.total, sampler)}
   engine  = method_lib.resolve('engine', engines, entry, model, shared.tok, method.protocol.stops, sampler,
                                *((crew,) if crew.size > 1 else ()))

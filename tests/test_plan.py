@@ -1,6 +1,7 @@
 """The planner as a whole: on virtual CPUs with a tiny model, and on TPU slices that are not there."""
 from __future__ import annotations
 
+from functools import partial
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 
 from rlsearch import parallel, settings, update as update_lib
-from rlsearch.plan import (compiling, fit, planning, report, resident, roofline, sampler as sampler_lib, topology,
+from rlsearch.plan import (chips, compiling, fit, planning, report, resident, roofline, sampler as sampler_lib, topology,
                            trainer)
 from rlsearch.plan.roofline import Assumptions
 from rlsearch.rollout.pack import Bucket
@@ -63,6 +65,25 @@ class TestTopology:
     monkeypatch.setitem(sys.modules, 'libtpu', None)
     with pytest.raises(ValueError, match=r"pip install 'rlsearch\[tpu\]'"):
       topology.get('v5e:4x4')
+
+  @pytest.mark.parametrize('name, sides, host, asked, no_box', [
+      ('v6e:8x8', (8, 8, 1), (2, 2, 1), ['v6e:2x2', 'v6e:4x2'], 5),
+      ('v5p:4x4x4', (4, 4, 4), (2, 2, 1), ['v5p:2x2x1', 'v5p:4x2x1'], 3),
+      ('2*v5e:2x4', (2, 4, 1), (2, 2, 1), ['v5e:2x2', 'v5e:2x4'], 3)])
+  def test_a_sampler_is_compiled_for_a_slice_of_its_hosts_own_shape(self, monkeypatch, name, sides, host, asked, no_box):
+    by_host = {}
+    for at in np.ndindex(sides[::-1]):                                          # z, y, x: as libtpu counts hosts
+      place = tuple(n // h for n, h in zip(at, host[::-1], strict=True))
+      by_host.setdefault(place, []).append(SimpleNamespace(coords=at[::-1]))
+    hosts = [by_host[place] for place in sorted(by_host)] * chips.parse(name).slices
+    found = topology.Topology(name, 'tpu', chips.parse(name).chip, sum(hosts, []), True, hosts)
+    monkeypatch.setattr(topology, '_tpu', lambda name, slices: [name])
+    assert [topology.of_sampler(found, n) for n in (1, 2)] == [[name] for name in asked]
+    assert topology.of_sampler(found, no_box) == sum(hosts[:no_box], [])
+
+  def test_a_sampler_of_virtual_cpus_has_its_host_s(self):
+    found = topology.get('cpu:4')
+    assert list(topology.of_sampler(found)) == list(found.devices)
 
 
 class TestMake:
@@ -188,11 +209,27 @@ class TestSampler:
     assert list(found) == ['prefill', 'decode'] and 'stablehlo' in found['prefill']().as_text()
 
   def test_tensor_ways_that_would_fit(self):
-    _, s = self.sampler()
-    found = dict(fit.sampler(s, 2, 1 << 40))
+    t, s = self.sampler()
+    fitting = partial(fit.sampler, s, t.model.config, 2)
+    found = dict(fitting(1 << 40))
     assert list(found) == [1, 2] and found[1] >= 2 * sampler_lib.weight_bytes(s)      # two heads, two devices
-    assert fit.sampler(s, 2, max(found.values()) - 1) == [(n, b) for n, b in found.items() if b < max(found.values())]
-    assert fit.sampler(s, 2, 1000) == []
+    assert fitting(max(found.values()) - 1) == [(n, b) for n, b in found.items() if b < max(found.values())]
+    assert fitting(1000) == []
+
+  def test_heads_that_ways_do_not_divide(self):
+    t, _ = self.sampler()
+    with pytest.raises(ValueError, match=r'config\.sampler_mesh\.tensor=8: does not divide config\.model\.num_heads=2'):
+      sampler_lib.make(t.model.config, stage()['engine'], t.method.protocol.stops, {'tensor': 8}, jax.devices())
+
+  def test_more_ways_than_key_heads_hold_one_each(self):
+    """And the note says what a token takes: 2 arrays of 2 layers, one head of 16, float32."""
+    t, s = self.sampler()
+    two = sampler_lib.make(t.model.config, stage()['engine'], t.method.protocol.stops, {'tensor': 2}, jax.devices()[:2])
+    assert two.config.num_kv_heads == 2 and two.page_bytes == s.page_bytes
+    (note,) = planning._copies_note(two.mesh, t.model.config, 'sampler')
+    assert note.endswith(f'2 tensor ways and 1 key heads: each lies on 2 devices, {2 * 2 * 16 * 4} bytes of keys and values a '
+                         'token on each')
+    assert planning._copies_note(s.mesh, t.model.config, 'sampler') == []
 
   def test_another_engine_has_no_programs_of_ours(self):
     assert sampler_lib.make(None, {'name': 'simple'}, ('x',), {}, ()) is None
@@ -304,6 +341,16 @@ class TestTpu:
     plan = json.loads(ran.stdout)
     assert plan['compiled_for'] == '8 x TPU v5e, ahead of time' and plan['rematerializations'] == []
     assert [c['failed'] for p in plan['phases'].values() for c in p['programs']] == [''] * 5
+
+  def test_a_sampler_over_a_host_of_a_larger_slice(self):
+    """Four chips add up; in the larger slice's own topology libtpu ends with 'Unexpected device_id'."""
+    pytest.importorskip('libtpu')
+    ran = run('--config=configs/search_r1_grpo.py:qwen2_5_7b', '--config.model.variant=qwen3_0_6b', '--topology=v6e:4x4',
+              '--mesh=fsdp=16', '--sampler_mesh=tensor=4', '--config.engine.rows=40', '--phases=sampler', '--json=-')
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    found = {c['name']: c for c in json.loads(ran.stdout)['phases']['sampler']['programs']}
+    adds = next(c for c in found['decode']['collectives'] if c['kind'] == 'all-reduce')
+    assert adds['runs'] < 2 * 28 * 1.5                                       # two a layer, a few where a token is drawn
 
   @pytest.mark.parametrize('arguments', [
       ['--config=configs/search_r1_grpo.py:qwen2_5_3b', '--topology=v5e:4x4', '--mesh=fsdp=16',

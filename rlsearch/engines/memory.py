@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from rlsearch.models import params as params_lib
+from rlsearch.models import params as params_lib, sampled
 from rlsearch.models.config import ModelConfig
 from rlsearch.models.paged import TAIL
 
@@ -139,8 +139,8 @@ def plan(config: ModelConfig, mesh: Mesh, *, num_pages: int, page_tokens: int, r
     gc.collect()                                                # the pool of the stage before may wait for it
     free = free_bytes(mesh)
     num_pages = (1 + 2 * rows * (widths[-1] + TAIL) if free is None else
-                 pages_in(free, share, sum(array_bytes(config, params_lib.transformer_specs(config), mesh)), working,
-                          reserve, each + hidden))
+                 pages_in(free, share, sum(array_bytes(config, sampled.specs(params_lib.transformer_specs(config)), mesh)),
+                          working, reserve, each + hidden))
     num_pages = least(num_pages)
   if num_pages < widths[-1] + TAIL + 2:
     raise ValueError(f'config.engine.num_pages={num_pages} of {page_tokens} tokens ({each / 2**20:.1f} MiB each; planned '

@@ -19,27 +19,30 @@ from rlsearch.engines.lanes import Lane
 from rlsearch.engines.pages import Memory
 from rlsearch.engines.schedule import Schedule
 from rlsearch.engines.turns import to_turn
-from rlsearch.models import decode, paged as paged_model
+from rlsearch.models import decode, paged as paged_model, sampled
 from rlsearch.models.config import ModelConfig
 from rlsearch.models.model import Model
 from rlsearch.models.paged import Pool
 from rlsearch.types import Engine, Ids
 
 
+_NONE: Mapping[int, float] = types.MappingProxyType({})
+
+
 class Programs(NamedTuple):
-  """What is compiled: `prefill` for whole pieces and for rests, `decode` for each lane, once a width."""
+  """What is compiled: `prefill` for whole pieces and for rests, `decode` for each lane, once a width; `logp` by its reader."""
   unstack: Any
   pool: Any
   prefill: Any
   decode: tuple[Any, ...]
   placed: Any
+  logp: Any
 
 
 def paged(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, crew: Crew = crew_lib.ALONE, *, rows: int,
           contexts: Sequence[int], max_new_tokens: int, page_tokens: int, steps: int, chunk_rows: int, chunk_tokens: int,
           members: int = 1, num_pages: int = 0, memory_share: float = 0.9, reserve: memory.Reserve = memory.Reserve(),
-          top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0,
-          logit_bias: Mapping[int, float] = types.MappingProxyType({})) -> Engine:
+          top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, logit_bias: Mapping[int, float] = _NONE) -> Engine:
   """Returns an engine that keeps what it has computed.
 
   A path's keys and values stay in pages of a pool across turns; an observation is prefilled behind them, piece by piece,
@@ -80,21 +83,21 @@ def paged(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, crew: 
   """
   shards = mesh.size // mesh.shape['tensor']
   _check(rows, shards, members, page_tokens, steps, chunk_rows, chunk_tokens, max_new_tokens)
+  config = sampled.held(model.config, mesh.shape['tensor'])
   widths = memory.widths_of(contexts, max_new_tokens, page_tokens)
   own_width, each = (page_tokens - 2 + max_new_tokens) // page_tokens + 1, rows // shards     # a page begun, a whole turn
-  plan = memory.plan(model.config, mesh, num_pages=num_pages, page_tokens=page_tokens, rows=each, members=members,
+  plan = memory.plan(config, mesh, num_pages=num_pages, page_tokens=page_tokens, rows=each, members=members,
                      widths=widths, own_width=own_width, share=memory_share, reserve=reserve, least=crew.least)
   _tell_of_copies(model.config, mesh, plan)
   rule = decode.restriction(tok.vocab_size, top_k, top_p, min_p, logit_bias)
-  lanes = [Lane(shards, each, 1, page_tokens, widths, widths)]
-  if members > 1:
-    lanes.append(Lane(shards, each, members, page_tokens, widths, (own_width,)))
-  program = programs(model.config, tok, mesh, [lane.members for lane in lanes], steps, rule, plan, page_tokens, crew.size > 1)
+  lanes = [Lane(shards, each, 1, page_tokens, widths, widths),
+           *([Lane(shards, each, members, page_tokens, widths, (own_width,))] if members > 1 else [])]
+  program = programs(config, tok, mesh, [lane.members for lane in lanes], steps, rule, plan, page_tokens, crew.size > 1)
   automaton = parallel.to_replicated(stops_lib.automaton(tok.token_bytes, stops, tok.end_ids), mesh)
   schedule = Schedule(lanes, [Memory(plan.num_pages, plan.num_rows) for _ in range(shards)], page_tokens=page_tokens,
                       max_new_tokens=max_new_tokens, steps=steps, chunk_rows=chunk_rows, chunk_tokens=chunk_tokens,
                       width=widths[-1])
-  reader = partial(scoring.reader, scoring.mean_logp(model.config), mesh=mesh, rows=rows, contexts=contexts, crew=crew)
+  reader = partial(scoring.reader, program.logp, mesh=mesh, rows=rows, contexts=contexts, crew=crew)
   return _engine(tok, program, schedule, automaton, reader, plan, crew)
 
 
@@ -169,9 +172,12 @@ def _mirrored(program: Programs, automaton: jax.Array, state: dict[str, Any], cr
 
 
 def _tell_of_copies(config: ModelConfig, mesh: Mesh, plan: memory.Plan) -> None:
-  if parallel.kv_copies(config.num_kv_heads, mesh) > 1 and jax.process_index() == 0:
-    print(f'sampler: {config.num_kv_heads} key/value heads over config.sampler_mesh.tensor={mesh.shape["tensor"]}: every '
-          f'device holds all of them, {plan.total_bytes / 2 ** 20:.0f} MiB', flush=True)
+  """Says what heads that lie more than once take."""
+  ways, copies = mesh.shape['tensor'], parallel.kv_copies(config.num_kv_heads, mesh)
+  if copies > 1 and jax.process_index() == 0:
+    here = 'one' if sampled.held(config, ways).num_kv_heads == ways else 'all'
+    print(f'sampler: {config.num_kv_heads} key/value heads over config.sampler_mesh.tensor={ways}: each lies on {copies} '
+          f'devices, {here} on each, {plan.total_bytes / 2 ** 20:.0f} MiB of keys and values a device', flush=True)
 
 
 def _check(rows, shards, members, page_tokens, steps, chunk_rows, chunk_tokens, max_new_tokens):
@@ -193,7 +199,7 @@ def programs(config: ModelConfig, tok: Tokenizer, mesh: Mesh, members: Sequence[
   """Returns the jitted programs, each device of data x fsdp on its own; over tensor, XLA divides the heads.
 
   Args:
-    config: shapes.
+    config: of models.sampled.held.
     tok: for its size and end token.
     mesh: the sampler's; nothing is put on its devices.
     members: rows of a group, of each lane.
@@ -221,10 +227,11 @@ def programs(config: ModelConfig, tok: Tokenizer, mesh: Mesh, members: Sequence[
                       (everywhere, mine, mine, everywhere), (mine, mine)),
               donate_argnums=1, out_shardings=(pool_sharding, NamedSharding(mesh, P() if several else mine)))) for n in members)
   return Programs(
-      unstack=partial(paged_model.unstack, config, jax.jit(partial(paged_model.slices, config))),
+      unstack=sampled.unstacker(config, mesh),
       pool=jax.jit(lambda: paged_model.empty_pool(config, shards * plan.num_pages, page_tokens, shards * plan.num_rows),
                    out_shardings=pool_sharding),
       prefill=memory.Measured(jax.jit(prefill, donate_argnums=1, out_shardings=pool_sharding)), decode=decodes,
-      placed=partial(parallel.placed, sharding=NamedSharding(mesh, mine)) if several else lambda work: work)
+      placed=partial(parallel.placed, sharding=NamedSharding(mesh, mine)) if several else lambda work: work,
+      logp=on_each(scoring.mean_logp(config), (everywhere, mine, mine, mine), mine))
 
 

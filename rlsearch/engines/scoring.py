@@ -33,8 +33,8 @@ def reader(fn: Callable[..., jax.Array], params: Callable[[], Params], mesh: Mes
            crew: Crew = crew_lib.ALONE) -> Reader:
   """Returns read(sequences, marks) -> f32[n]: `fn` over the sequences, in their order.
 
-  A sequence longer than every declared shape gets NaN: it alone failed.  The others are sorted by length and padded into the declared shapes; rows are divided over the mesh's devices and
-  no number depends on another row.
+  A sequence longer than every declared shape gets NaN: it alone failed.  The others are sorted by length and padded into
+  the declared shapes; rows are divided over the mesh, but for its tensor axis, and no number depends on another row.
 
   Args:
     fn: (params, tokens i32[rows, C], lengths i32[rows], marks bool[rows, C]) -> f32[rows]; jitted here.
@@ -44,9 +44,10 @@ def reader(fn: Callable[..., jax.Array], params: Callable[[], Params], mesh: Mes
     contexts: lengths that a sequence is padded to, rising.
     crew: the processes that have the mesh's devices.
   """
-  by_rows, rows = NamedSharding(mesh, P(mesh.axis_names)), -(-rows // mesh.size) * mesh.size
+  by_rows = NamedSharding(mesh, P(tuple(axis for axis in mesh.axis_names if axis != 'tensor')))
   compiled = jax.jit(fn, out_shardings=by_rows if crew.size == 1 else parallel.replicated(mesh))    # parameters as they lie
   run = crew.mirror(lambda *batch: compiled(params(), *parallel.placed(batch, by_rows)))
+  rows = -(-rows // (shards := mesh.size // mesh.shape['tensor'])) * shards
 
   def read(sequences: Sequence[Ids], marks: Sequence[np.ndarray]) -> np.ndarray:
     fit = [i for i in range(len(sequences)) if len(sequences[i]) <= contexts[-1]]
