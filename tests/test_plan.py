@@ -162,6 +162,41 @@ class TestMake:
     assert planning._pool_advice(s, [phase._replace(limit=beside + s.page_bytes)]) == []
 
 
+class TestSamplerOfSeveralHosts:
+  """Two hosts of four devices each, together one sampler over eight."""
+
+  def topology(self):
+    found = topology.get('cpu:8')
+    return found._replace(hosts=[found.devices[:4], found.devices[4:]])
+
+  def config(self, **entries):
+    return {**stage(), 'mesh': {'fsdp': 8}, 'sampler_mesh': {'data': -1, 'tensor': 2}, 'sampler_hosts': 2, 'label': 'small', **entries}
+
+  def test_has_the_devices_and_slots_of_both(self):
+    found = planning.make(self.config(), self.topology(), Bucket(8, 120), ('sampler',), Assumptions())
+    (phase,) = [p for p in found.phases if p.name == 'sampler']
+    assert found.sampler_mesh == {'data': 4, 'tensor': 2} and [p.failed for p in phase.programs] == ['', ''], phase
+    assert 'sampler data=4,tensor=2 on every 2 hosts' in report.text(found) and report.data(found)['sampler_hosts'] == 2
+    # What was sampled is gathered on all: a process reads none of another's.
+    assert any(c.kind == 'all-gather' and c.group == 4 for p in phase.programs for c in p.collectives)
+
+  def test_hosts_that_are_no_whole_samplers(self):
+    with pytest.raises(ValueError, match='config.sampler_hosts=3: 2 hosts of cpu:8 are not whole samplers of so many'):
+      planning.make(self.config(sampler_hosts=3), self.topology(), Bucket(8, 120), (), Assumptions())
+
+  def test_advice_goes_on_to_more_hosts_where_one_does_not_hold_the_policy(self):
+    where = self.topology()
+    t = trainer.make(self.config(), parallel.make_mesh({'fsdp': 8}, where.devices))
+    s = sampler_lib.make(t.model.config, stage()['engine'], t.method.protocol.stops, {'data': -1}, where.hosts[0])
+    one, two = (fit.sampler(s, t.model.config, n, 1 << 40) for n in (4, 8))
+    least = {hosts: min(need for _, need in ways) for hosts, ways in ((1, one), (2, two))}
+    assert least[2] < least[1]                                   # the same slots over twice the devices
+    advice = lambda room: planning._sampler_advice(s, t.model.config, where, room)
+    assert advice(least[1]).startswith('config.sampler_mesh: tensor=') and 'sampler_hosts' not in advice(least[1])
+    assert 'with config.sampler_hosts=2 would hold' in advice(least[1] - 1) and 'sampler_hosts=2' in advice(least[2])
+    assert 'no number of tensor ways' in advice(least[2] - 1)
+
+
 class TestReport:
 
   def test_text_has_every_part(self, made):
