@@ -137,10 +137,10 @@ def footer(args: argparse.Namespace, results: Mapping[str, Any] | None = None) -
 ## The peer.
 
 class Peer:
-  """peer_rollout.py in the peers' environment: started once, asked over a pipe, silent between requests."""
+  """A script in the peers' environment: started once, asked over a pipe, silent between requests."""
 
-  def __init__(self, python: str, threads: int, shape: Mapping[str, int]):
-    command = [python, str(HERE / 'peer_rollout.py'), '--pipe', f'--threads={threads}', f'--shape={json.dumps(shape)}']
+  def __init__(self, python: str, script: str, *arguments: str):
+    command = [python, str(HERE / script), *arguments]
     self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                     text=True, bufsize=1)
     self.about = self._read()
@@ -180,7 +180,8 @@ def peer_of(args: argparse.Namespace) -> Iterator[Peer | None]:
   if not os.access(args.peer_python, os.X_OK):
     raise SystemExit(f'error: --peer_python={args.peer_python}: no such program')
   say('starting the peer')
-  peer = Peer(args.peer_python, args.threads, {**SHAPE, **args.shape})
+  peer = Peer(args.peer_python, 'peer_rollout.py', '--pipe', f'--threads={args.threads}',
+              f'--shape={json.dumps({**SHAPE, **args.shape})}')
   print(f'peer: {peer.about}', flush=True)
   try:
     yield peer

@@ -21,14 +21,11 @@ Works, by what happens at every turn:
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
-import platform
-import resource
-import sys
-import tempfile
 import time
+
+import peer_common
 
 WORK = {'questions': 8, 'turns': 5, 'action': 48, 'observation': 400, 'prompt': 128, 'batch': 0, 'seed': 0}
 
@@ -49,15 +46,12 @@ def parse() -> argparse.Namespace:
 
 FLAGS = parse() if __name__ == '__main__' else None
 if FLAGS:
-  os.environ['OMP_NUM_THREADS'] = os.environ['MKL_NUM_THREADS'] = str(FLAGS.threads)
-os.environ.setdefault('HF_HUB_OFFLINE', '1')
-os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+  peer_common.prepare(FLAGS.threads)
 try:
   import torch
-  import transformers
   from transformers import DynamicCache, GenerationConfig, Qwen2Config, Qwen2ForCausalLM, StaticCache
-except ImportError as missing:
-  raise SystemExit(f'error: {missing}; this script runs in the peers\' environment, see benchmarks/README.md') from None
+except ImportError as error:
+  raise peer_common.missing(error) from None
 
 SHAPE = dict(vocab_size=8192, num_layers=8, width=512, num_heads=8, num_kv_heads=2, head_size=64, ffn=1408)
 
@@ -167,16 +161,12 @@ def run_fork(model, prompts, work, copies: bool) -> dict:
 
 def run_limits() -> dict:
   """Best float32 matmul over shapes, GFLOP/s."""
-  best = {}
-  for m, k, n in ((1024, 1024, 1024), (2048, 2048, 2048), (3200, 512, 1408), (4096, 512, 4096)):
-    a, b = torch.randn(m, k), torch.randn(k, n)
-    took = []
-    for _ in range(10):
-      start = time.process_time()
-      torch.mm(a, b)
-      took.append(time.process_time() - start)
-    best[f'{m}x{k}x{n}'] = 2e-9 * m * k * n / min(took)
-  return {'matmul': best}
+  def seconds(call):
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+  shapes = ((1024, 1024, 1024), (2048, 2048, 2048), (3200, 512, 1408), (4096, 512, 4096))
+  return {'matmul': {name: 1e-9 * rate for name, rate in peer_common.products(shapes, 10, torch.randn, seconds).items()}}
 
 
 class Peer:
@@ -211,59 +201,25 @@ class Peer:
       parts = parts[:1]
     if not name.startswith('decode'):
       self.held.clear()
-    reset_peak()
+    peer_common.reset_peak()
     start, cpu, told = time.perf_counter(), time.process_time(), []
     with torch.inference_mode() if name != 'trl' else torch.no_grad():
       told = [works[name](*part) for part in parts]
     took = {'seconds': time.perf_counter() - start, 'cpu_seconds': time.process_time() - cpu}
     joined = told[0] if name == 'limits' else {key: sum(t[key] for t in told) for key in told[0]}
-    return {'work': name, **took, **joined, 'peak_bytes': peak_bytes()}
-
-
-def reset_peak() -> None:
-  """Starts the kernel's mark of the largest resident size anew, where it lets us."""
-  try:
-    with open('/proc/self/clear_refs', 'w') as f:
-      f.write('5')
-  except OSError:
-    pass
-
-
-def peak_bytes() -> int:
-  """Largest resident size since reset_peak."""
-  try:
-    with open('/proc/self/status') as f:
-      return next(1024 * int(line.split()[1]) for line in f if line.startswith('VmHWM'))
-  except (OSError, StopIteration):
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def versions() -> dict:
-  """What runs, and where."""
-  import trl
-  return {'python': platform.python_version(), 'torch': torch.__version__, 'transformers': transformers.__version__,
-          'trl': trl.__version__, 'threads': torch.get_num_threads(), 'cores': sorted(os.sched_getaffinity(0))}
+    return {'work': name, **took, **joined, 'peak_bytes': peer_common.resident(True)}
 
 
 def main() -> None:
   """Answers requests, or repeats one work; JSON lines go to the real stdout, what libraries print to stderr."""
-  out = os.fdopen(os.dup(1), 'w', buffering=1)
-  os.dup2(2, 1)
-  torch.set_num_threads(FLAGS.threads)
-  torch.set_num_interop_threads(1)
-  transformers.utils.logging.set_verbosity_error()
+  out = peer_common.answers(FLAGS.threads)
   peer = Peer(json.loads(FLAGS.shape))
   parameters = sum(p.numel() for p in peer.model.parameters())
-  print(json.dumps({'ready': True, 'parameters': parameters, **versions()}), file=out)
+  print(json.dumps({'ready': True, 'parameters': parameters, **peer_common.versions(), 'threads': torch.get_num_threads(),
+                    'cores': sorted(os.sched_getaffinity(0))}), file=out)
   flags = {name: getattr(FLAGS, name) for name in WORK}
-  requests = (json.loads(line) for line in sys.stdin) if FLAGS.pipe else (
-      {**flags, 'work': FLAGS.work, 'seed': FLAGS.seed + i} for i in range(FLAGS.repeats))
-  for request in requests:
-    try:
-      answer = peer.run(request)
-    except Exception as error:  # The driver skips this peer and says so; the others go on.
-      answer = {'error': f'{type(error).__name__}: {error}'}
-    print(json.dumps(answer), file=out)
+  peer_common.serve(out, peer_common.requests() if FLAGS.pipe else (
+      {**flags, 'work': FLAGS.work, 'seed': FLAGS.seed + i} for i in range(FLAGS.repeats)), peer.run)
 
 
 if __name__ == '__main__':

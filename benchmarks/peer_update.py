@@ -20,26 +20,24 @@ import argparse
 import ctypes
 import json
 import os
-import pathlib
-import platform
 import sys
 import tempfile
 import time
+
+import peer_common
 
 PARSER = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 PARSER.add_argument('--threads', type=int, default=1)
 PARSER.add_argument('--device', default='cpu', choices=('cpu', 'gpu'))
 PARSER.add_argument('--options', default='{}', type=json.loads, help='of the update: see make_trainer')
 FLAGS = PARSER.parse_args()
-os.environ['OMP_NUM_THREADS'] = os.environ['MKL_NUM_THREADS'] = str(FLAGS.threads)
-os.environ.setdefault('HF_HUB_OFFLINE', '1')
-os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+peer_common.prepare(FLAGS.threads)
 try:
   import numpy as np
   import torch
   import transformers
-except ImportError as missing:
-  raise SystemExit(f'error: {missing}; this script runs in the peers\' environment, see benchmarks/README.md') from None
+except ImportError as error:
+  raise peer_common.missing(error) from None
 
 DEVICE = torch.device('cuda' if FLAGS.device == 'gpu' else 'cpu')
 
@@ -61,16 +59,14 @@ def resident(peak: bool) -> int:
   """Bytes that are held, or the most since reset_peak: of the process, on a GPU of torch's allocator."""
   if DEVICE.type == 'cuda':
     return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-  name = 'VmHWM' if peak else 'VmRSS'
-  lines = pathlib.Path('/proc/self/status').read_text().splitlines()
-  return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+  return peer_common.resident(peak)
 
 
 def reset_peak() -> None:
   if DEVICE.type == 'cuda':
     torch.cuda.reset_peak_memory_stats()
   else:
-    pathlib.Path('/proc/self/clear_refs').write_text('5')
+    peer_common.reset_peak()
 
 
 def give_back() -> None:
@@ -126,17 +122,13 @@ def vocabulary(request: dict, held: dict) -> dict:
 
 def limits(request: dict) -> dict:
   """FLOP/s of the best of some products."""
-  best = {}
-  for m, k, n in request['shapes']:
-    a, b = (torch.randn(s, device=DEVICE, dtype=getattr(torch, request['dtype'])) for s in ((m, k), (k, n)))
-    took = []
-    for _ in range(request['repeats']):
-      start, cpu = clock()
-      torch.mm(a, b)
-      end, cpu_end = clock()
-      took.append(end - start if DEVICE.type == 'cuda' else cpu_end - cpu)
-    best[f'{m}x{k}x{n}'] = 2. * m * k * n / min(took)
-  return {'matmul': best}
+  def seconds(call):
+    start, cpu = clock()
+    call()
+    end, cpu_end = clock()
+    return end - start if DEVICE.type == 'cuda' else cpu_end - cpu
+  made = lambda *shape: torch.randn(shape, device=DEVICE, dtype=getattr(torch, request['dtype']))
+  return {'matmul': peer_common.products(request['shapes'], request['repeats'], made, seconds)}
 
 
 ## TRL's step.
@@ -229,30 +221,18 @@ def serve_updates(options: dict, requests, out) -> None:
 
 
 def versions() -> dict[str, str]:
-  import trl
-  name = torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'cpu'
-  return {'python': platform.python_version(), 'torch': torch.__version__, 'transformers': transformers.__version__,
-          'trl': trl.__version__, 'device': name}
+  return {**peer_common.versions(), 'device': torch.cuda.get_device_name() if DEVICE.type == 'cuda' else 'cpu'}
 
 
 def main() -> None:
   """Answers requests until there are no more."""
-  out = os.fdopen(os.dup(1), 'w', buffering=1)
-  os.dup2(2, 1)
-  torch.set_num_threads(FLAGS.threads)
-  torch.set_num_interop_threads(1)
-  transformers.utils.logging.set_verbosity_error()
-  requests = (json.loads(line) for line in sys.stdin)
+  out = peer_common.answers(FLAGS.threads)
   if FLAGS.options:
-    return serve_updates(FLAGS.options, requests, out)
+    return serve_updates(FLAGS.options, peer_common.requests(), out)
   print(json.dumps({'ready': True, **versions()}), file=out)
   held: dict = {}
-  for request in requests:
-    try:
-      answer = limits(request) if request['work'] == 'limits' else vocabulary(request, held)
-    except (RuntimeError, MemoryError) as error:                # the driver skips this way and says so
-      answer = {'error': f'{type(error).__name__}: {error}'}
-    print(json.dumps(answer), file=out)
+  peer_common.serve(out, peer_common.requests(),
+                    lambda request: limits(request) if request['work'] == 'limits' else vocabulary(request, held))
 
 
 if __name__ == '__main__':

@@ -163,7 +163,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     np.savez(file, tokens=tokens, advantage=advantage)
     peer = None
     if args.peer_python:
-      peer = vocabulary.UpdatePeer(args, peer_options(args, folder, str(file), args.repeats + args.warm))
+      peer = vocabulary.update_peer(args, peer_options(args, folder, str(file), args.repeats + args.warm))
     ours = Ours(args, pathlib.Path(folder) if peer else None, tokens, advantage)
   first = common.timed(ours.step)
   common.say(f'ours: first step {first.seconds:.1f} s')
@@ -184,7 +184,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     common.say(f'{n}: ' + ', '.join(f'{way} {seconds:.3f} s' for way, seconds in last.items()))
   if peer:
     peer.close()
-    peer = vocabulary.UpdatePeer(args)
+    peer = vocabulary.update_peer(args)
   best = vocabulary.show_peak(vocabulary.peak(args, shapes(args, ours.config), args.dtype, peer))
   if peer:
     peer.close()

@@ -2,6 +2,7 @@
 
   python benchmarks/vocabulary.py --core=1 --tokens=512 --peer_python=PEERS/bin/python
   python benchmarks/vocabulary.py --device=gpu --tokens=16384 --dtype=bfloat16 --peer_python=PEERS/bin/python
+  python benchmarks/vocabulary.py --topology=v5e:2x2 --dtype=bfloat16       # bytes alone, where libtpu is installed
 
 Ours is rlsearch.models.vocabulary as the trainer calls it.  Peers: the dense log-softmax in torch, and TRL's chunked
 function.  All compute log p(token) and the entropy, and the gradients of a random sum of both.  Limits: 8 T D V
@@ -13,6 +14,7 @@ torch's bytes are its peak above what it held before.  On a CPU seconds are the 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pathlib
 import statistics
@@ -36,18 +38,12 @@ class Case(NamedTuple):
   chunk: int
 
 
-class UpdatePeer(common.Peer):
-  """peer_update.py in the peers' environment."""
-
-  def __init__(self, args: argparse.Namespace, options: dict[str, Any] | None = None):
-    import json
-    import subprocess
-    command = [args.peer_python, str(common.HERE / 'peer_update.py'), f'--threads={args.threads}',
-               f'--device={args.device}', f'--options={json.dumps(options or {})}']
-    self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                    text=True, bufsize=1)
-    self.about = self._read()
-    print(f'peer: {self.about}', flush=True)
+def update_peer(args: argparse.Namespace, options: dict[str, Any] | None = None) -> common.Peer:
+  """Returns peer_update.py in the peers' environment."""
+  peer = common.Peer(args.peer_python, 'peer_update.py', f'--threads={args.threads}', f'--device={args.device}',
+                     f'--options={json.dumps(options or {})}')
+  print(f'peer: {peer.about}', flush=True)
+  return peer
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -118,19 +114,21 @@ def draw(case: Case, seed: int) -> dict[str, Any]:
   return {**out, 'hidden': out['hidden'].astype(case.dtype), 'targets': out['targets'].astype(jnp.int32)}
 
 
-def compiled(case: Case):
-  """Our function for such shapes: (hidden, table, targets, g_logp, g_entropy) -> ((_, (logp, entropy)), gradients)."""
+def compiled(case: Case, sharding=None):
+  """Our function for such shapes: (hidden, table, targets, g_logp, g_entropy) -> ((_, (logp, entropy)), gradients).
+
+  For the first device, or that of the sharding.
+  """
   import jax
   import jax.numpy as jnp
   from rlsearch.models import vocabulary
   def total(hidden, table, targets, g_logp, g_entropy):
     logp, entropy = vocabulary.token_logp(hidden[None], table, targets[None], case.chunk, case.vocab, None)
     return jnp.sum(logp * g_logp) + jnp.sum(entropy * g_entropy), (logp[0], entropy[0])
-  f32 = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-  hidden = jax.ShapeDtypeStruct((case.tokens, case.width), case.dtype)
+  of = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+  each, hidden, table = of('float32', case.tokens), (case.tokens, case.width), (case.vocab, case.width)
   return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True)).lower(
-      hidden, f32(case.vocab, case.width), jax.ShapeDtypeStruct((case.tokens,), jnp.int32), f32(case.tokens),
-      f32(case.tokens)).compile()
+      of(case.dtype, *hidden), of('float32', *table), of(jnp.int32, case.tokens), each, each).compile()
 
 
 def least_bytes(case: Case) -> int:
@@ -165,7 +163,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
   from rlsearch import runs
   runs.keep_freed_memory()                                      # as the trainer does
   case = Case(args.tokens, args.width, args.vocab, args.dtype, args.chunk)
-  peer = UpdatePeer(args) if args.peer_python else None
+  peer = update_peer(args) if args.peer_python else None
   program, given = compiled(case), draw(case, args.seed)
   inputs = [given[n] for n in ('hidden', 'table', 'targets', 'g_logp', 'g_entropy')]
   call = lambda: jax.block_until_ready(program(*inputs))
@@ -218,12 +216,25 @@ def report(args, case: Case, took, held: int, best: float) -> dict[str, Any]:
                 'times least MB', ''], rows)
   print(f'limit {limit:.3f} s: 8 T D V at {best / 1e9:.0f} GFLOP/s; {6 * work / best:.3f} if none are computed twice; '
         f'least {least / 1e6:.0f} MB')
-  full = case._replace(tokens=args.memory_tokens)
-  held, least = bytes_of(compiled(full)), least_bytes(full)
-  print(f'at {full.tokens} tokens, compiled only: {held / 1e6:.0f} MB, {held / least:.2f} of hidden + weight gradient '
-        f'+ one chunk ({least / 1e6:.0f} MB)')
   print(f'bars: time {TIME_BAR} of the limit, bytes {MEMORY_BAR} of the least')
-  return {**results, 'memory_tokens_bytes': held, 'memory_tokens_least': least}
+  return results | memory(args)
+
+
+def memory(args, sharding=None) -> dict[str, int]:
+  """Prints and returns the bytes of a program that is not run, for the first device or that of the sharding."""
+  case = Case(args.memory_tokens, args.width, args.vocab, args.dtype, args.chunk)
+  held, least = bytes_of(compiled(case, sharding)), least_bytes(case)
+  print(f'at {case.tokens} tokens, compiled only: {held / 1e6:.0f} MB, {held / least:.2f} of hidden + weight gradient '
+        f'+ one chunk ({least / 1e6:.0f} MB)')
+  return {'memory_tokens_bytes': held, 'memory_tokens_least': least}
+
+
+def memory_of(args: argparse.Namespace, name: str) -> dict[str, int]:
+  """`memory` of a device of a slice that is not there, for which libtpu compiles."""
+  from rlsearch.plan import topology
+  topology.prepare(name)
+  import jax
+  return memory(args, jax.sharding.SingleDeviceSharding(topology.get(name).devices[0]))
 
 
 def main() -> None:
@@ -236,9 +247,10 @@ def main() -> None:
   parser.add_argument('--chunk', type=int, default=8192, help='config.model.shape.vocab_chunk')
   parser.add_argument('--dtype', default='float32', choices=('float32', 'bfloat16'), help='of hidden states')
   parser.add_argument('--memory_tokens', type=int, default=16384)
+  parser.add_argument('--topology', default='', help='print the bytes on a TPU of this slice, and nothing else')
   args = parser.parse_args()
   pin(args)
-  common.footer(args, run(args))
+  common.footer(args, memory_of(args, args.topology) if args.topology else run(args))
 
 
 if __name__ == '__main__':

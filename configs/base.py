@@ -21,7 +21,8 @@ def get_config():
   c.steps = 1
   c.stages = {}
   c.mesh = dict(slice=1, data=1, fsdp=-1, sequence=1, expert=1, tensor=1)
-  c.sampler_mesh = dict(data=-1, tensor=1)                    # of each host's own devices
+  c.sampler_mesh = dict(data=-1, tensor=1)                    # of each host's own devices, or of sampler_hosts together
+  c.sampler_hosts = 1                                         # that are one sampler: for a model too large for one
   c.model = dict(variant='tiny', path='', shape=dict(dtype='', remat='', attention='', vocab_chunk=0), tokenizer=dict(vocab_size=1000), init='normal', lora={}, critic='none',
                  critic_trunk={}, reference=True, frozen_dtype='float32', reward='none', modules={})
   c.data = dict(questions_per_step=1, first_position=0, source=dict(name='files', corpus_path='', train='', validation='', test='',

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rlsearch import crew as crew_lib
+from rlsearch.crew import Crew
 from rlsearch.data import normalize
 from rlsearch.data.questions import Source
 from rlsearch.data.tokenizer import Tokenizer
@@ -150,13 +152,13 @@ def training_episodes(tok: Tokenizer, step: int, episodes: Sequence[Episode], sc
 
 
 def make_evaluation(evals: Evals, tok: Tokenizer, splits: Mapping[str, tuple[Question, ...]], render: Render,
-                    engine: Engine, tools: Tools, seed: int, steps: int, writer: Writer, say: Callable[[str], None]
-                    ) -> Callable[[int, Callable[[], bool]], None]:
+                    engine: Engine, tools: Tools, seed: int, steps: int, writer: Writer, say: Callable[[str], None],
+                    crew: Crew = crew_lib.ALONE) -> Callable[[int, Callable[[], bool]], None]:
   """Returns evaluate(step, stop), which evaluates and writes down what is due at a step.
 
   Before the first step and behind the last one the final split, in every mode; between them the other one.
   """
-  evaluate = make_evaluate(splits, render, engine, tools, seed)
+  evaluate = make_evaluate(splits, render, engine, tools, seed, crew)
 
   def run(step: int, stop: Callable[[], bool]) -> None:
     last = step in (0, steps)
@@ -180,8 +182,8 @@ def make_evaluation(evals: Evals, tok: Tokenizer, splits: Mapping[str, tuple[Que
   return run
 
 
-def make_evaluate(splits: Mapping[str, tuple[Question, ...]], render: Render, engine: Engine, tools: Tools, seed: int
-                  ) -> Callable[[str, int, str, int, Callable[[], bool]], tuple[dict, list[Episode]] | None]:
+def make_evaluate(splits: Mapping[str, tuple[Question, ...]], render: Render, engine: Engine, tools: Tools, seed: int,
+                  crew: Crew = crew_lib.ALONE) -> Callable[[str, int, str, int, Callable[[], bool]], tuple[dict, list[Episode]] | None]:
   """Returns evaluate(split, num, mode, step, stop) -> (record, episodes); None if it was stopped.
 
   Greedy takes the most likely token, sampled draws at temperature 1.  The engine samples with the parameters
@@ -196,7 +198,7 @@ def make_evaluate(splits: Mapping[str, tuple[Question, ...]], render: Render, en
     source = Source(len(questions), lambda position: questions[position])
     grow = grow_lib.make_grow(plan, {}, source, render, engine, tools)
     key = (seed + _SEED_OFFSET * (1 if MODES[mode] else 2), step)          # a mode's nodes are its own
-    grown = grow(Cursor(0, 1), num, key, {'temperature': MODES[mode]}, stop)
+    grown = crew.together(lambda: grow(Cursor(0, 1), num, key, {'temperature': MODES[mode]}, stop), grow_lib.for_one)
     if not grown.complete:
       return None
     episodes = [forest_lib.episode(grown.forest, row, key) for row in plan.rows(grown.forest)]

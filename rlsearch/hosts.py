@@ -42,15 +42,26 @@ class Hosts(NamedTuple):
     count: of all.
     names: host name of each.
     client: of the key-value store; None where there is one process.
+    coordinator: host of process 0, as all of them reach it.
   """
   index: int
   count: int
   names: tuple[str, ...]
   client: Any
+  coordinator: str = ''
+
+  def name(self, process: int) -> str:
+    """Returns how a process is called in messages."""
+    return f'{self.names[process]} (process {process})'
 
 
 class Absent(RuntimeError):
   """A process of the job is not there, or not any more: starting all of them again may help."""
+
+
+def worth_again(error: BaseException) -> bool:
+  """Returns whether the job may go on where it starts again: a host or a device was lost; what does not fit, won't."""
+  return isinstance(error, Absent) or isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' not in str(error)
 
 
 ALONE = Hosts(0, 1, (socket.gethostname(),), None)
@@ -100,7 +111,7 @@ def start(coordinator: str, num_processes: int, process_id: int, detect: bool, s
       initialization_timeout=int(seconds), heartbeat_timeout_seconds=_DEAD_SECONDS,
       shutdown_timeout_seconds=_LEAVE_SECONDS, coordinator_bind_address=bind)
   from jax._src import distributed                     # the store has no public name; orbax takes it from here too
-  return Hosts(process_id, num_processes, names, distributed.global_state.client)
+  return Hosts(process_id, num_processes, names, distributed.global_state.client, host)
 
 
 def _detected(seconds: int) -> tuple[str, int, int, Any]:
@@ -151,7 +162,7 @@ def exchange(hosts: Hosts, title: str, value: str, seconds: float = AGREE_SECOND
     until = time.monotonic() + min(10.0, seconds)
     for i in range(hosts.count):
       _get(hosts.client, f'rlsearch/{title}/read/{i}', until)
-  missing = [f'{hosts.names[i]} (process {i})' for i, value in found.items() if value is None]
+  missing = [hosts.name(i) for i, value in found.items() if value is None]
   if missing:
     raise Absent(f'{title}: nothing from {", ".join(missing)} within {seconds:.0f} s')
   return [found[i] for i in range(hosts.count)]
@@ -237,7 +248,7 @@ def open_collectives(hosts: Hosts, mesh: Mesh) -> None:
   Gloo gives a group 30 s to connect when it is first used, and processes that compile for minutes on busy cores miss
   one another by more.  Here the programs are compiled first and the processes meet before they run them.
   """
-  if hosts.client is None or mesh.devices.flat[0].platform != 'cpu':
+  if hosts.client is None or not mesh.is_multi_process or mesh.devices.flat[0].platform != 'cpu':
     return
   axes = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
   ready = []

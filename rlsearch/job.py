@@ -39,8 +39,8 @@ def run(work: Callable[[Around], bool]) -> NoReturn:
     beat.end()
   except (hosts_lib.Absent, jax.errors.JaxRuntimeError) as error:
     say(f'error: {error}')
-    again = isinstance(error, hosts_lib.Absent) or hosts.count > 1 and 'RESOURCE_EXHAUSTED' not in str(error)
-    hosts_lib.leave(hosts, heartbeat.AGAIN if again else 1)          # what does not fit will not fit again
+    again = hosts_lib.worth_again(error) and (hosts.count > 1 or isinstance(error, hosts_lib.Absent))
+    hosts_lib.leave(hosts, heartbeat.AGAIN if again else 1)
   except (ValueError, RuntimeError, FloatingPointError) as error:
     say(f'error: {error}')
     hosts_lib.leave(hosts, 1)

@@ -12,10 +12,8 @@ from typing import Any
 import jax
 from jax.experimental import mesh_utils, multihost_utils
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
-
-from rlsearch.types import Cursor
 
 # From the slowest links to the fastest.  slice: over the data-centre network; data: whole copies; fsdp: rows and a
 # part of each weight; sequence: tokens of a sequence; expert: rows, and a part of a mixture's experts; tensor: heads.
@@ -31,6 +29,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     'kv_heads': ('tensor',),
     'ffn': ('tensor',),
     'expert': ('expert',),
+    'expert_whole': ('tensor',),          # of a sampler
     'vocab_in': ('tensor',),
     'vocab_out': ('tensor',),
 }
@@ -69,8 +68,14 @@ def _arranged(devices: Sequence[jax.Device], sizes: Sequence[int]) -> np.ndarray
       return mesh_utils.create_hybrid_device_mesh((1, *sizes[1:]), (sizes[0],) + (1,) * (len(sizes) - 1), devices,
                                                   allow_split_physical_axes=True)
     return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-  except NotImplementedError:                                  # no arrangement of that shape is known
+  except (NotImplementedError, AssertionError):                # none of that shape is known, or they are no cuboid
     return np.asarray(devices).reshape(sizes)
+
+
+def around() -> AbstractMesh | None:
+  """Returns the mesh that a function is traced under, if that leaves it to divide what it computes over some axes."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh if AxisType.Auto in mesh.axis_types else None
 
 
 def check_hosts(mesh: Mesh) -> None:
@@ -150,28 +155,44 @@ def local_rows(tree: Any) -> Any:
   return jax.tree.map(one, tree)
 
 
+def placed(tree: Any, sharding: NamedSharding) -> Any:
+  """Returns host arrays, the same on every process of the sharding's mesh, on its devices."""
+  return jax.tree.map(lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda i: np.asarray(x)[i]), tree)
+
+
 def to_replicated(tree: Any, mesh: Mesh) -> Any:
-  """Returns the tree on every device of `mesh`, this host's own; every host calls it with the same arrays."""
+  """Returns the tree on every device of `mesh`, a sampler's; every host calls it with the same arrays."""
   return to_local(tree, replicated(mesh))
 
 
 def to_local(tree: Any, shardings: Any) -> Any:
-  """Returns the tree on this host's own devices; every host calls it with the same arrays.
+  """Returns the tree on the devices of this host's sampler; every host calls it with the same arrays.
 
   What lies on several hosts is gathered by a collective first, one array after the other: no transfer crosses hosts by
   itself, and no device holds more than one whole array that it does not keep.  What lies there already is not copied.
 
   Args:
     tree: arrays.
-    shardings: a tree of shardings, or one for all, over devices of this host.
+    shardings: a tree of shardings, or one for all, over devices of this host, or of several with this one.
   """
   if isinstance(shardings, jax.sharding.Sharding):
     shardings = jax.tree.map(lambda _: shardings, tree)
   def one(x, sharding):
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
-      x = _layers(x, sharding) if x.ndim > 2 else _gather(x.sharding.mesh)(x).addressable_data(0)
-    return jax.block_until_ready(jax.device_put(x, sharding)) if jax.process_count() > 1 else jax.device_put(x, sharding)
+      if x.ndim > 2:
+        return jax.block_until_ready(_layers(x, sharding))
+      x = _gather(x.sharding.mesh)(x).addressable_data(0)
+    return jax.block_until_ready(_put(x, sharding)) if jax.process_count() > 1 else jax.device_put(x, sharding)
   return jax.tree.map(one, tree, shardings)
+
+
+def _put(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+  """What this host has whole, on its own part of the devices: device_put would first compare it over all hosts."""
+  if sharding.is_fully_addressable:
+    return jax.device_put(x, sharding)
+  own = sharding.addressable_devices_indices_map(np.shape(x))
+  parts = [jax.device_put(x[i], device) for device, i in own.items()]
+  return jax.make_array_from_single_device_arrays(np.shape(x), sharding, parts)
 
 
 def _layers(x: jax.Array, sharding: NamedSharding) -> jax.Array:
@@ -181,7 +202,7 @@ def _layers(x: jax.Array, sharding: NamedSharding) -> jax.Array:
     raise ValueError(f'sharding {sharding.spec} of a stacked array: wants its layers undivided')
   layer = NamedSharding(sharding.mesh, P(*spec[1:]))
   take = _gather_layer(x.sharding.mesh)
-  parts = [jax.block_until_ready(jax.device_put(take(x, i).addressable_data(0), layer)) for i in range(x.shape[0])]
+  parts = [jax.block_until_ready(_put(take(x, i).addressable_data(0), layer)) for i in range(x.shape[0])]
   return jax.jit(lambda parts: jnp.stack(parts), out_shardings=sharding, donate_argnums=0)(parts)
 
 
@@ -204,20 +225,15 @@ def kv_copies(num_kv_heads: int, mesh: Mesh) -> int:
 
 ## What the hosts share.
 
-def own(position: int) -> Cursor:
-  """Returns this host's cursor when the run stands at `position`."""
-  return Cursor(position + jax.process_index(), jax.process_count())
-
-
-def share(total: int) -> int:
-  """Returns how many of `total` questions this host grows.
+def share(total: int, samplers: int) -> int:
+  """Returns how many of a step's `total` questions each of `samplers` grows.
 
   Raises:
     ValueError: the hosts do not divide them.
   """
   if total % jax.process_count():
     raise ValueError(f'config.data.questions_per_step={total}: not a multiple of the {jax.process_count()} hosts')
-  return total // jax.process_count()
+  return total // samplers
 
 
 def largest(values: Sequence[int]) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ import numpy as np
 from rlsearch import engines, optim, update
 from rlsearch.engines import memory
 from rlsearch.method import Method
-from rlsearch.models import params as params_lib
+from rlsearch.models import params as params_lib, sampled
 from rlsearch.models.config import ModelConfig
 from rlsearch.models.model import Model
 from rlsearch.programs import Programs
@@ -165,6 +165,6 @@ def entries(engine: Mapping[str, Any], given: Trained, buckets: Sequence[Bucket]
     own[name] = 0 if said is None else own_bytes(said.temp_size_in_bytes, said.output_size_in_bytes,
                                                  said.alias_size_in_bytes, said.generated_code_size_in_bytes)
   config = given.model.config
-  arrays = memory.array_bytes(config, params_lib.transformer_specs(config), mesh)
+  arrays = memory.array_bytes(config, sampled.specs(params_lib.transformer_specs(config)), mesh)
   return {'reserve': memory.Reserve(needed(given, rows, own), given.program.options.off_policy_steps > 0,
                                     sum(handing(given, arrays, jax.process_count()).values()))}

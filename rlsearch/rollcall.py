@@ -38,7 +38,8 @@ def roll_call(host: str, port: int, count: int, index: int, seconds: float, name
   return tuple(answer['names'])
 
 
-def _server(host: str, port: int) -> socket.socket:
+def server(host: str, port: int) -> socket.socket:
+  """Returns a listening socket: on a loopback host on that alone, else on all addresses of this machine; port 0 is any."""
   if loopback(host):
     return socket.create_server((host, port), family=socket.AF_INET6 if ':' in host else socket.AF_INET)
   if socket.has_dualstack_ipv6():
@@ -51,15 +52,15 @@ def _listen(host: str, port: int, own: Mapping[str, Any], seconds: float) -> dic
   deadline, here, error = time.monotonic() + seconds, {0: own['host']}, ''
   with contextlib.ExitStack() as opened:
     try:
-      server = opened.enter_context(_server(host, port))
+      listening = opened.enter_context(server(host, port))
     except OSError as reason:
       raise RuntimeError(f'process 0 cannot listen on port {port} ({reason.strerror or reason}); choose another '
                          '--coordinator') from reason
     files = []
     while len(here) < own['count'] and not error and time.monotonic() < deadline:
-      server.settimeout(max(0.01, deadline - time.monotonic()))
+      listening.settimeout(max(0.01, deadline - time.monotonic()))
       with contextlib.suppress(OSError, ValueError, KeyError, TypeError):       # strangers knock too
-        connection = opened.enter_context(server.accept()[0])
+        connection = opened.enter_context(listening.accept()[0])
         connection.settimeout(min(5.0, seconds))
         file = opened.enter_context(connection.makefile('rw', encoding='utf-8'))
         said = json.loads(file.readline(4096))

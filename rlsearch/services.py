@@ -9,7 +9,8 @@ from etils import epath
 import jax
 from jax.sharding import Mesh
 
-from rlsearch import checkpoint, method as method_lib, outside, parallel
+from rlsearch import checkpoint, crew as crew_lib, engines, method as method_lib, outside, parallel
+from rlsearch.crew import Crew
 from rlsearch.data import tokenizer as tokenizer_lib
 from rlsearch.data.tokenizer import Tokenizer
 from rlsearch.envs import environments, judge as judges, retrieval
@@ -111,8 +112,8 @@ def shared(config: Mapping[str, Any], env: Environment, workdir: epath.Path) -> 
   return Shared(tok, {k: v for k, v in services.items() if v is not None})
 
 
-def sampler_mesh(config: Mapping[str, Any], model: ModelConfig | Module) -> Mesh:
-  """Returns the sampler's mesh: this host's devices over data and tensor.
+def sampler_mesh(config: Mapping[str, Any], model: ModelConfig | Module, crew: Crew = crew_lib.ALONE) -> Mesh:
+  """Returns the sampler's mesh: the devices of this host, or of its crew, over data and tensor.
 
   Raises:
     ValueError: another axis, sizes that are not its devices', or heads that it does not divide.
@@ -120,10 +121,38 @@ def sampler_mesh(config: Mapping[str, Any], model: ModelConfig | Module) -> Mesh
   for axis in config['sampler_mesh']:
     if axis not in ('data', 'tensor'):
       raise ValueError(f'config.sampler_mesh.{axis}: unknown axis; known: data, tensor')
-  mesh = parallel.make_mesh(config['sampler_mesh'], jax.local_devices(), 'config.sampler_mesh')
+  devices = jax.local_devices() if crew.size == 1 else _devices_of(crew)
+  mesh = parallel.make_mesh(config['sampler_mesh'], devices, 'config.sampler_mesh')
   if isinstance(model, ModelConfig):
     kernels.check_heads(model, mesh, 'config.sampler_mesh')
   return mesh
+
+
+def _devices_of(crew: Crew) -> list[jax.Device]:
+  """The devices of several hosts, in JAX's order."""
+  own, said = crew_lib.members(crew.index, crew.size), f'config.sampler_hosts={crew.size}'
+  if jax.process_index() != own[crew.rank]:
+    raise ValueError(f'{said}: process {own[crew.rank]} of the job is JAX\'s process {jax.process_index()}; wants the same '
+                     'number, or no host knows whose devices are whose')
+  devices = [d for d in jax.devices() if d.process_index in own]
+  slices = sorted({getattr(d, 'slice_index', 0) for d in devices})
+  if len(slices) > 1:
+    raise ValueError(f'{said}: processes {list(own)} lie in slices {slices}; wants hosts of one slice as one sampler')
+  return devices
+
+
+def check_sampler(config: Mapping[str, Any]) -> None:
+  """Raises ValueError for what several hosts cannot do as one sampler."""
+  said, name = f'config.sampler_hosts={config["sampler_hosts"]!r}', config['engine'].get('name')
+  behind = config['updates']['off_policy_steps']
+  if config['sampler_hosts'] == 1:
+    return
+  if name not in engines.OVER_HOSTS:
+    raise ValueError(f'{said}, config.engine.name={name!r}: cannot be one sampler of several hosts; known: '
+                     f'{list(engines.OVER_HOSTS)}')
+  if behind:
+    raise ValueError(f'{said}, config.updates.off_policy_steps={behind}: hosts that sample together start their programs in '
+                     'one order, and none beside an update; wants 0')
 
 
 def own(config: Mapping[str, Any], engine: Engine, tok: Tokenizer, model: ModelConfig | Module, workdir: epath.Path, mesh: Mesh
@@ -136,7 +165,7 @@ def own(config: Mapping[str, Any], engine: Engine, tok: Tokenizer, model: ModelC
     tok: the run's.
     model: shapes of the reward module's trunk.
     workdir: of the run, which holds the folders of its stages.
-    mesh: the sampler's.
+    mesh: the sampler's; a reward module is read on this host's part of it.
 
   Raises:
     ValueError: the stage that trains the module has not finished.
@@ -158,8 +187,9 @@ def own(config: Mapping[str, Any], engine: Engine, tok: Tokenizer, model: ModelC
                        'config.model.modules.reward')
     trunk = lambda: params_lib.kept_in(params_lib.transformer_specs(model), config['model']['frozen_dtype'])
     specs = brought.specs if brought else {'head': heads.reward_head_specs(model), 'trunk': trunk()}
-    everywhere = jax.tree.map(lambda p: parallel.replicated(mesh), specs, is_leaf=params_lib.is_param)
+    here = parallel.make_mesh({'data': -1}, mesh.local_devices)
+    everywhere = jax.tree.map(lambda p: parallel.replicated(here), specs, is_leaf=params_lib.is_param)
     module = checkpoint.load_params(folders[-1], everywhere, specs)
-    read = scoring.reader(uncached.last_score(brought) if brought else scoring.last_score(model), mesh, entry['rows'], entry['contexts'])
-    found['reward_module'] = outside.score_service(lambda paths, own: read(module, paths, own))
+    fn = uncached.last_score(brought) if brought else scoring.last_score(model)
+    found['reward_module'] = outside.score_service(scoring.reader(fn, lambda: module, here, entry['rows'], entry['contexts']))
   return found

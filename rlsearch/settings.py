@@ -17,7 +17,7 @@ from rlsearch.rollout.render import Length
 
 # Sections of a stage's config, each read by the code named behind it.
 SECTIONS = {
-    'seed': 'train', 'steps': 'train', 'mesh': 'parallel.make_mesh', 'sampler_mesh': 'parallel.make_mesh', 'model': 'models.model.get', 'data': 'train',
+    'seed': 'train', 'steps': 'train', 'mesh': 'parallel.make_mesh', 'sampler_mesh': 'parallel.make_mesh', 'sampler_hosts': 'crew.join', 'model': 'models.model.get', 'data': 'train',
     'retriever': 'services.retriever', 'judge': 'services.judge', 'reward_module': 'settings.RewardModule', 'tools': 'outside.Limits', 'engine': 'engines', 'length': 'settings.lengths',
     'protocol': 'protocols', 'sampling': 'sampling', 'rewards': 'rewards', 'combine': 'rewards.combine',
     'credit': 'credit', 'objective': 'objectives', 'schedule': 'schedules', 'optimizer': 'optim',
@@ -232,6 +232,7 @@ def check(config: Mapping[str, Any]) -> None:
 
 def _check_engine(config: Mapping[str, Any]) -> None:
   """Raises ValueError for an engine that cannot sample the policy."""
+  services.check_sampler(config)
   brought = sorted(config['model']['modules'])
   if ('policy' in brought) != (config['engine'].get('name') == 'reprefill'):
     raise ValueError(f'config.engine.name={config["engine"].get("name")!r}, config.model.modules={brought}: the engine '

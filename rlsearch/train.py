@@ -16,16 +16,17 @@ import jax
 import jax.numpy as jnp
 from ml_collections import config_flags
 
-from rlsearch import (checkpoint, engines, evaluate as evaluate_lib, hosts as hosts_lib, job, logs,
+from rlsearch import (checkpoint, crew as crew_lib, engines, evaluate as evaluate_lib, hosts as hosts_lib, inputs, job, logs,
                       method as method_lib, outside, parallel, profiling, reserve, runs, services, settings, update, weights)
 from rlsearch.checkpoint import Run
 from rlsearch.evaluate import Evals
-from rlsearch.models import assembly, params as params_lib
+from rlsearch.models import assembly, params as params_lib, sampled
 from rlsearch.programs import assert_one_trace_a_bucket, make_programs, update_step, used_rows
 from rlsearch.rollout import ahead, grow as grow_lib, pack as pack_lib, render as render_lib, score as score_lib
 from rlsearch.rollout import trees as trees_lib
 from rlsearch.sampling import forest as forest_lib
 from rlsearch.services import Shared
+from rlsearch.types import Cursor
 
 Stop = Callable[[], bool]
 
@@ -59,6 +60,8 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
   mesh    = parallel.make_mesh(config['mesh'])
   parallel.check_hosts(mesh)
   hosts_lib.open_collectives(around.hosts, mesh)
+  crew    = crew_lib.join(around.hosts, config['sampler_hosts'], name, stop)
+  stop    = crew.stop
   model   = assembly.get(config['model'], shared.tok.vocab_size, mesh)
   weights.check_vocabulary(config['model'], shared.tok)
   tx      = settings.optimizers(config, model)
@@ -80,10 +83,12 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
   if first > config['steps']:
     raise ValueError(f'stage {name!r}: steps={config["steps"]}, but {folder} holds a run of {first} steps')
 
-  sampler = services.sampler_mesh(config, model.config)
-  to_sampler = lambda params: parallel.to_local(params, params_lib.shardings(trunk, sampler))
+  sampler = services.sampler_mesh(config, model.config, crew)
+  hosts_lib.open_collectives(around.hosts, sampler)
+  to_sampler = lambda params: parallel.to_local(params, params_lib.shardings(sampled.specs(trunk), sampler))
   entry   = {**config['engine'], **reserve.entries(config['engine'], given, buckets, length.total, sampler)}
-  engine  = method_lib.resolve('engine', engines, entry, model, shared.tok, method.protocol.stops, sampler)
+  engine  = method_lib.resolve('engine', engines, entry, model, shared.tok, method.protocol.stops, sampler,
+                               *((crew,) if crew.size > 1 else ()))
   own     = services.own(config, engine, shared.tok, model.config, folder.parent, sampler)
   tools   = outside.make(shared.services, **config['tools'], own=own)
   render  = render_lib.Render(method.protocol, shared.tok, length, config['retriever']['topk'])
@@ -97,20 +102,22 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
   clock   = logs.clock(('sync', 'eval', 'rollout', 'score', 'pack', 'update', 'checkpoint'), around.phase)
   traced  = profiling.tracer(folder.parent / 'profile', around.profile, bar.say)
   evaluate = evaluate_lib.make_evaluation(evals, shared.tok, env.splits, render, engine, tools, seed, config['steps'],
-                                          writer, bar.say)
+                                          writer, bar.say, crew)
 
   # Host: questions -> forest -> episodes -> rewards.
   def sample(step, position, hypers, part):
-    with part('rollout'):
-      grown = grow(parallel.own(position), parallel.share(config['data']['questions_per_step']), (seed, step),
-                   hypers, stop)
-    if stop():
-      return ahead.Rollout(hypers, grown)
-    with part('score'):
+    cursor, num = Cursor(position + crew.index, crew.count), parallel.share(config['data']['questions_per_step'], crew.count)
+    def judged(grown):
       rows     = method.sampling.rows(grown.forest)
       episodes = [forest_lib.episode(grown.forest, row, (seed, step)) for row in rows]
       scored   = score_lib.score_rows(method.rewards, episodes, grown.outcomes, tools, render.protocol.max_turns)
-    return ahead.Rollout(hypers, grown, rows, episodes, scored, engine.counts())
+      return ahead.Rollout(hypers, grown, rows, episodes, scored, engine.counts())
+    with part('rollout'):
+      grown = crew.together(lambda: grow(cursor, num, (seed, step), hypers, stop), grow_lib.for_one)
+    if not grown.complete:
+      return ahead.Rollout(hypers, grown)
+    with part('score'):
+      return crew.together(lambda: judged(grown), ahead.divide)
 
   rollouts = ahead.make(sample)
   beside   = program.options.off_policy_steps > 0             # the next step's rollout runs beside this one's update
@@ -141,7 +148,7 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
         saved.save(run)                                       # the steps before this one are not lost with it
         saved.wait()
         raise failed or RuntimeError('another host could not score too many of its rows; its message says why')
-    position = parallel.largest((grown.cursor.position - jax.process_index(),))[0]
+    position = parallel.largest((grown.cursor.position - crew.index,))[0]
     if beside and step + 1 < config['steps']:
       rollouts.begin(step + 1, position, method.schedule.hypers(step + 1, run.memory))
     with clock.part('pack'):
@@ -197,6 +204,7 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
   writer.close()
   bar.close()
   saved.close()
+  crew.close()
   return Stage(finished, time.monotonic() - begun)
 
 
@@ -207,8 +215,9 @@ def run_stages(config: Any, workdir: epath.Path, overwrite: bool, until: str = '
   Raises:
     ValueError: an impossible config, hosts that differ, or no stage of that name; and what `train` raises.
   """
-  hosts_lib.agree(around.hosts, 'start', runs.start_items(settings.plain(config), until))
   plain = settings.plain(config)
+  hosts_lib.agree(around.hosts, 'start', runs.start_items(plain, until))
+  inputs.agree(around.hosts, plain)
   stages = settings.stages(plain)
   for stage in stages.values():                               # a bad bucket of the last one fails now, not then
     settings.lengths(stage, parallel.make_mesh(stage['mesh']))

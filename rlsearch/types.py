@@ -51,7 +51,7 @@ class Question(NamedTuple):
 
 
 class Cursor(NamedTuple):
-  """This host's next question; of n hosts each takes every n-th."""
+  """A sampler's next question; of n samplers (hosts, or crews of hosts) each takes every n-th."""
   position: int
   stride: int
 

@@ -12,12 +12,50 @@ import numpy as np
 import pytest
 
 import small_run
-from rlsearch import engines, services
+from rlsearch import engines, services, settings
 from rlsearch.rollout import ahead
+from rlsearch.rollout.grow import Grown
+from rlsearch.rollout.score import Scored
+from rlsearch.types import Cursor, Outcome, Row
 from small_run import RL
 from test_train import QUIET, updates
 
 LONG = 20.0
+
+
+class TestDivide:
+  """What several hosts sampled together: each question with its rows and calls goes to one of them."""
+
+  def test_parts_are_disjoint_and_whole(self):
+    forest = {q: f'tree {q}' for q in (9, 3, 5, 12, 4)}
+    rows = [Row(q, leaf, 0) for q in (3, 4, 5, 9, 12) for leaf in range(q % 3 + 1)]
+    outcomes = {(0, 1, q, 0, leaf, 'action'): Outcome('ok', q) for q, leaf, _ in rows}
+    number = np.arange(2.0 * len(rows)).reshape(-1, 2)
+    scored = Scored({'em': number}, {'em': number > 3}, number[:, 0] > 2, {**outcomes, (0, 1, 3, 0, 'judge'): Outcome('ok', 1)})
+    whole = ahead.Rollout({'h': 1}, Grown(forest, outcomes, Cursor(20, 1), True), rows, [f'episode {r}' for r in rows], scored,
+                          {'tokens': 7, 'kv_pages': 9})
+    parts = ahead.divide(whole, 3)
+    assert [sorted(p.grown.forest) for p in parts] == [[3, 9], [4, 12], [5]]
+    for p in parts:
+      assert [r.question in p.grown.forest for r in p.rows] == [True] * len(p.episodes) == [True] * len(p.scored.scored)
+      assert p.episodes == [f'episode {r}' for r in p.rows] and p.hypers == {'h': 1} and p.grown.cursor == (20, 1)
+      at = [rows.index(r) for r in p.rows]
+      np.testing.assert_array_equal(p.scored.values['em'], number[at])
+      np.testing.assert_array_equal(p.scored.given['em'], number[at] > 3)
+      assert {uid[2] for uid in (*p.grown.outcomes, *p.scored.outcomes)} <= set(p.grown.forest)
+    assert sum(len(p.scored.outcomes) for p in parts) == len(scored.outcomes)
+    assert [p.counts for p in parts] == [{'tokens': n, 'kv_pages': 9} for n in (3, 2, 2)]
+
+  def test_more_hosts_than_questions(self):
+    scored = Scored({'em': np.ones((1, 2))}, {'em': np.ones((1, 2), bool)}, np.ones(1, bool), {})
+    parts = ahead.divide(ahead.Rollout({}, Grown({4: 'tree'}, {}, Cursor(5, 1), True), [Row(4, 1, 0)], ['e'], scored), 2)
+    assert [len(p.rows) for p in parts] == [1, 0] and parts[1].scored.values['em'].shape == (0, 2)
+
+  def test_entries_that_several_hosts_cannot_do_are_refused(self):
+    for entries, said in (({'engine.name': 'simple'}, r"config\.sampler_hosts=2, config\.engine\.name='simple': .*'paged'"),
+                          ({'updates.off_policy_steps': 1, 'updates.old_logp': 'sampler'}, r'off_policy_steps=1: .*wants 0')):
+      with pytest.raises(ValueError, match=said):
+        settings.stages(settings.plain(small_run.changed({'sampler_hosts': 2, **entries})))
 
 
 class TestMake:

@@ -223,8 +223,8 @@ class TestServices:
 class TestReader:
   """Sequences in any order and company, padded into few shapes."""
 
-  def reader(self, fn, mesh=None, rows=8, contexts=(8, 16)):
-    return scoring.reader(fn, mesh or parallel.make_mesh({}, jax.devices()[:1]), rows, contexts)
+  def reader(self, fn, params, mesh=None, rows=8, contexts=(8, 16)):
+    return scoring.reader(fn, lambda: params, mesh or parallel.make_mesh({}, jax.devices()[:1]), rows, contexts)
 
   def params(self):
     return {'trunk': small.weights(MODEL.config), 'head': jax.tree.map(
@@ -234,7 +234,7 @@ class TestReader:
     rng, params = np.random.default_rng(0), self.params()
     sequences = [letters(rng, n) for n in (1, 5, 8, 9, 16)]
     marks = [rng.random(len(s)) < 0.6 for s in sequences]
-    found = self.reader(scoring.last_score(MODEL.config))(params, sequences, marks)
+    found = self.reader(scoring.last_score(MODEL.config), params)(sequences, marks)
     rows, valid, own = np.zeros((5, 16), np.int32), np.zeros((5, 16), bool), np.zeros((5, 16), bool)
     for b, s in enumerate(sequences):
       rows[b, :len(s)], valid[b, :len(s)], own[b, :len(s)] = s, True, marks[b]
@@ -247,25 +247,25 @@ class TestReader:
   def test_order_and_company_change_nothing(self):
     rng, params = np.random.default_rng(0), self.params()
     sequences = [letters(rng, int(n)) for n in rng.integers(1, 17, 19)]
-    read = self.reader(scoring.last_score(MODEL.config))
+    read = self.reader(scoring.last_score(MODEL.config), params)
     marks = [rng.random(len(s)) < 0.6 for s in sequences]
-    whole = read(params, sequences, marks)
+    whole = read(sequences, marks)
     order = rng.permutation(19)
-    np.testing.assert_allclose(read(params, [sequences[i] for i in order], [marks[i] for i in order]), whole[order], atol=1e-6)
-    np.testing.assert_allclose([read(params, [s], [m])[0] for s, m in zip(sequences[:4], marks)], whole[:4], atol=1e-6)
-    assert read(params, [], []).shape == (0,)
+    np.testing.assert_allclose(read([sequences[i] for i in order], [marks[i] for i in order]), whole[order], atol=1e-6)
+    np.testing.assert_allclose([read([s], [m])[0] for s, m in zip(sequences[:4], marks)], whole[:4], atol=1e-6)
+    assert read([], []).shape == (0,)
 
   def test_one_program_per_length(self):
     traced = []
     def fn(params, tokens, lengths, marks):
       traced.append(tokens.shape)
       return lengths * 1.0
-    read = self.reader(fn)
+    read = self.reader(fn, {})
     for n in (1, 3, 8, 9, 16, 5):
-      assert read({}, [np.full(n, 2, np.int32)] * 11, [np.ones(n, bool)] * 11).tolist() == [n] * 11
+      assert read([np.full(n, 2, np.int32)] * 11, [np.ones(n, bool)] * 11).tolist() == [n] * 11
     assert sorted(traced) == [(8, 8), (8, 16)]
 
   def test_a_sequence_that_is_too_long_fails_alone(self):
     sequences = [np.full(n, 2, np.int32) for n in (17, 3, 99)]
-    found = self.reader(scoring.last_score(MODEL.config))(self.params(), sequences, [np.ones(len(s), bool) for s in sequences])
+    found = self.reader(scoring.last_score(MODEL.config), self.params())(sequences, [np.ones(len(s), bool) for s in sequences])
     assert np.isnan(found).tolist() == [True, False, True]

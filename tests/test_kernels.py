@@ -10,7 +10,7 @@ import pytest
 
 import small
 from rlsearch import parallel
-from rlsearch.models import kernels, variants
+from rlsearch.models import attention, kernels, variants
 
 LENGTH = 256
 SHAPE = dict(vocab_size=16, num_layers=2, width=16, num_heads=4, num_kv_heads=2, head_size=8, ffn=8, dtype='float32')
@@ -37,7 +37,8 @@ def dense(q, k, v, until, positions, window):
   """float64, pair by pair of masks; queries that see nothing (none do) would be NaN."""
   i, j = np.arange(q.shape[1])[:, None], np.arange(q.shape[1])[None, :]
   sees = (j <= i)[None] & (i[None] < until[:, None, :])
-  sees &= positions[:, :, None] - positions[:, None, :] < (window or 1 << 30)
+  if window:
+    sees &= positions[:, :, None] - positions[:, None, :] < window
   scores = np.einsum('ptmgh,psmh->pmgts', np.float64(q), np.float64(k))
   scores = np.where(sees[:, None, None], scores, -np.inf)
   probs = np.exp(scores - scores.max(-1, keepdims=True))
@@ -47,7 +48,7 @@ def dense(q, k, v, until, positions, window):
 def implementations(c, until, positions, length=LENGTH):
   """The kernels that can run here: splash interpreted, cuDNN's call through XLA."""
   make = partial(kernels.one_device, config=c, until=until, positions=positions, first=0, num=length, block=64)
-  mask = partial(kernels.visible, c, until, positions, 0, length)
+  mask = lambda kind: attention.sees(until, positions if c.sliding_window else None, jnp.asarray(c.windows)[kind], 0, length)
   return {'plain': make('plain'), 'splash': make('splash', interpret=True), 'cudnn': partial(kernels.fused, mask, 'xla'),
           'rows': partial(kernels._rows, mask)}
 
@@ -71,6 +72,31 @@ class TestParity:
       loss = lambda q, k, v: jnp.sum(attend(q, k, v, 1 if window else 0) * mark)
       return jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
     assert small.relative(grad(name), grad('rows')) < 1e-5
+
+
+class TestOneRow:
+  """Sequences of one row want no mask: what is not seen lies right of the diagonal, or is asked by padding."""
+
+  def test_real_tokens_and_their_gradients_are_those_of_the_mask(self):
+    q, k, v, _, _ = example(4)
+    real = np.arange(LENGTH) < np.array([[200], [LENGTH]])
+    until = jnp.asarray(np.where(real, real.sum(1, keepdims=True), np.arange(LENGTH) + 1).astype(np.int32))
+    masked = partial(kernels.fused, lambda kind: attention.sees(until), 'xla')
+    mark = np.random.default_rng(5).normal(size=q.shape).astype(np.float32) * real[..., None, None, None]
+    both = [jax.jit(jax.value_and_grad(lambda *qkv: jnp.sum(attend(*qkv, 0) * mark), (0, 1, 2)))(q, k, v)
+            for attend in (partial(kernels.fused, None, 'xla'), masked)]
+    assert small.relative(*both) < 1e-6
+    found = kernels.fused(None, 'xla', q, k, v, 0)
+    np.testing.assert_allclose(found[real], dense(q, k, v, np.asarray(until), None, 0)[real], atol=2e-5)
+
+  @pytest.mark.parametrize('window, rows, num, causal', [
+      (0, 2, LENGTH, True), (0, 4, LENGTH, False), (0, 2, 64, False), (37, 2, LENGTH, False)])
+  def test_who_goes_without_a_mask(self, window, rows, num, causal):
+    """Not where sequences hold more rows, where a device has some of the queries, or in layers with a window."""
+    layout = small.layout(np.zeros((2, LENGTH), np.int32))
+    layout = layout.replace(gather=np.zeros((rows, LENGTH), np.int32))
+    attend = kernels.one_device('cudnn', config(window), layout.until, layout.positions, 0, num, 64, kernels.one_row(layout))
+    assert attend.func is kernels.fused and (attend.args[0] is None) == causal
 
 
 class TestOverMesh:

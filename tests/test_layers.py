@@ -17,12 +17,12 @@ REPO = pathlib.Path(__file__).parents[1]
 SLOTS = ('protocols', 'sampling', 'rewards', 'credit', 'objectives', 'schedules')
 # By the name behind 'rlsearch.', in fnmatch patterns; the name of a package stands for all that is in it.
 LAYERS = (
-    ('types', 'masked', 'parallel', 'hosts', 'rollcall', 'heartbeat', 'redact'),
+    ('types', 'masked', 'parallel', 'hosts', 'rollcall', 'crew*', 'heartbeat', 'redact'),
     ('data', 'models', 'envs'),
     ('engines', 'outside*', *SLOTS),
     ('rollout', 'update', 'optim'),
     ('method', 'checkpoint', 'evaluate', 'logs', 'services', 'settings', 'programs', 'runs',
-     'reserve', 'weights', 'profiling', 'job'),
+     'inputs', 'reserve', 'weights', 'profiling', 'job'),
     ('train', 'report*', 'watch', 'ask', 'methods', 'plan', 'index', 'serve_retriever', 'export', 'doctor'))
 # What a slot may import beyond layer 0 and its own package.
 SLOT_EXCEPTIONS = {('rewards', 'rlsearch.data.normalize'), ('rewards', 'rlsearch.data.text'), ('protocols', 'rlsearch.data.text'),

@@ -119,6 +119,9 @@ class TestShared:
     valid = rows.traj.valid[:4]
     for name in ('tokens', 'positions', 'previous', 'gather', 'own'):
       np.testing.assert_array_equal(getattr(layout, name)[valid], getattr(plain, name)[valid])
+    left = np.broadcast_to(np.tri(WIDTH, dtype=bool), (4, WIDTH, WIDTH))
+    for one in (layout, plain):                                # kernels.one_row: no mask but the diagonal
+      np.testing.assert_array_equal(attention.sees(jnp.asarray(one.until))[valid], left[valid])
 
 
 class TestLay:

@@ -360,8 +360,8 @@ class TestWithReward:
     module = own_modules.reward(40, WIDTH)
     params = values(module.specs)
     paths = [np.array([3, 4, 5, 6, 7]), np.array([3, 4, 5])]
-    read = engines.scoring.reader(uncached.last_score(module), one_device(), 2, (8,))
-    found = read(params, paths, [np.ones(len(p), bool) for p in paths])
+    read = engines.scoring.reader(uncached.last_score(module), lambda: params, one_device(), 2, (8,))
+    found = read(paths, [np.ones(len(p), bool) for p in paths])
     for path, score in zip(paths, found, strict=True):
       alone = jax.jit(module.apply)(params, path[None], *modules.example(1, len(path))[1:])
       np.testing.assert_allclose(score, alone[0, -1], atol=1e-6)

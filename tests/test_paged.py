@@ -1,7 +1,6 @@
 """The paged engine: the simple one's tokens, bit for bit on any schedule; every token computed once; no page lost."""
 from __future__ import annotations
 
-from functools import partial
 import itertools
 import sys
 
@@ -13,7 +12,7 @@ import small
 
 from rlsearch import engines, parallel
 from rlsearch.engines import memory
-from rlsearch.models import model as models, page_attention, paged as paged_model
+from rlsearch.models import model as models, page_attention, paged as paged_model, sampled as sampled_lib
 from rlsearch.types import FORCED, POLICY, Request
 
 TOK = small.tokenizer()
@@ -121,6 +120,24 @@ class TestAgainstSimple:
   @pytest.mark.parametrize('shape', [{'data': -1}, {'data': 4, 'tensor': 2}, {'data': 1, 'tensor': 8}], ids=str)
   def test_any_mesh(self, simple, shape):
     assert_same_tokens(two_turns(paged(parallel.make_mesh(shape), rows=16, members=2))[1], two_turns(simple)[1])
+
+  @pytest.mark.slow
+  @pytest.mark.parametrize('entries', [dict(), dict(num_experts=8, experts_per_token=2, expert_ffn=12),
+                                       dict(num_experts=6, experts_per_token=2, expert_ffn=12)], ids=str)
+  def test_any_tensor_ways(self, entries, capsys):
+    """Experts whole on the devices, or cut; with 4 ways each of the 2 key/value heads lies twice."""
+    model = models.make(small.shape(num_tokens=TOK.vocab_size, **entries))
+    weights, reference = small.weights(model.config), None
+    for tensor in (1, 2, 4):
+      mesh = parallel.make_mesh({'data': 2, 'tensor': tensor}, jax.devices()[:2 * tensor])
+      engine = engines.paged(model, TOK, ['</s>'], mesh, **{**ENTRIES, 'members': 2})
+      engine.set_params(parallel.to_replicated(weights, mesh), 3)
+      (_, following), turns = two_turns(engine)
+      logp = engine.logprob([r.context_ids for r in following], [turns[r.uid].token_ids for r in following])
+      reference = reference or (turns, logp)
+      assert_same_tokens(turns, reference[0])
+      np.testing.assert_allclose(logp, reference[1], atol=1e-5)
+    assert '2 key/value heads over config.sampler_mesh.tensor=4: each lies on 2 devices, one on each' in capsys.readouterr().out
 
   def test_forced_ids_and_versions(self, shared):
     wanted = first_turns()
@@ -373,7 +390,7 @@ class TestPrograms:
 
   def test_a_pool_is_written_in_place(self):
     config = MODEL.config
-    params = paged_model.unstack(config, jax.jit(partial(paged_model.slices, config)), small.weights(config))
+    params = sampled_lib.unstacker(config, one_device())(small.weights(config))
     pool = paged_model.empty_pool(config, 5000, 4, 8)
     zeros = lambda *shape: np.zeros(shape, np.int32)
     chunk = paged_model.Chunk(zeros(2, 4), zeros(2), zeros(2), zeros(2, 4), zeros(2, 2), zeros(2, 2), zeros(2))
@@ -386,7 +403,7 @@ class TestPrograms:
     widths, rows = (16,), 16
     plan = memory.plan(config, one_device(), num_pages=600, page_tokens=16, rows=rows, members=1, widths=widths,
                        own_width=2, share=0.8)
-    params = paged_model.unstack(config, jax.jit(partial(paged_model.slices, config)), small.weights(config))
+    params = sampled_lib.unstacker(config, one_device())(small.weights(config))
     pool = paged_model.empty_pool(config, plan.num_pages, 16, plan.num_rows)
     assert sum(x.nbytes for x in jax.tree.leaves(pool)) == plan.pool_bytes
     zeros = lambda *shape: np.zeros(shape, np.int32)
@@ -413,7 +430,8 @@ class TestAttendPages:
     num = rng.integers(0, 3, R // members)
     span = lambda k, v, m: page_attention.Span(jnp.asarray(k, jnp.float32), jnp.asarray(v, jnp.float32), jnp.asarray(m))
     shared = span(*common, (np.arange(2) < num[:, None])[:, :, None, None, None]) if members > 1 else None
-    found = page_attention.attend_pages(jnp.asarray(q, jnp.float32), shared, (span(keys, values, sees[:, :, None, None]),), members)
+    found = page_attention.attend_pages(jnp.asarray(q, jnp.float32), shared, (span(keys, values, sees[:, :, None, None]),),
+                                        members, jnp.array(False))
     for r in range(R):
       own = keys[r].transpose(1, 0, 3, 2).reshape(M, -1, H)[:, :length[r]]
       own_values = values[r].transpose(1, 0, 2, 3).reshape(M, -1, H)[:, :length[r]]

@@ -93,16 +93,15 @@ class TestRows:
 class TestHosts:
 
   def test_of_one_host(self):
-    assert parallel.own(12) == (12, 1) and parallel.share(7) == 7
+    assert parallel.share(7, 1) == 7
     assert parallel.largest((3, -1)) == (3, -1) and parallel.largest(()) == ()
     assert parallel.any_host(True) is True and parallel.any_host(False) is False
 
   def test_of_three(self, monkeypatch):
     monkeypatch.setattr(jax, 'process_count', lambda: 3)
-    monkeypatch.setattr(jax, 'process_index', lambda: 2)
-    assert parallel.own(12) == (14, 3) and parallel.share(9) == 3
+    assert parallel.share(9, 3) == 3 and parallel.share(9, 1) == 9           # one sampler of all grows the questions of all
     with pytest.raises(ValueError, match=r'config\.data\.questions_per_step=8: not a multiple of the 3 hosts'):
-      parallel.share(8)
+      parallel.share(8, 3)
 
   def test_largest_is_element_wise(self, monkeypatch):
     monkeypatch.setattr(jax, 'process_count', lambda: 2)

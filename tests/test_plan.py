@@ -1,6 +1,7 @@
 """The planner as a whole: on virtual CPUs with a tiny model, and on TPU slices that are not there."""
 from __future__ import annotations
 
+from functools import partial
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ import numpy as np
 import pytest
 
 from rlsearch import parallel, settings, update as update_lib
-from rlsearch.plan import (compiling, fit, planning, report, resident, roofline, sampler as sampler_lib, topology,
+from rlsearch.plan import (chips, compiling, fit, planning, report, resident, roofline, sampler as sampler_lib, topology,
                            trainer)
 from rlsearch.plan.roofline import Assumptions
 from rlsearch.rollout.pack import Bucket
@@ -63,6 +65,25 @@ class TestTopology:
     monkeypatch.setitem(sys.modules, 'libtpu', None)
     with pytest.raises(ValueError, match=r"pip install 'rlsearch\[tpu\]'"):
       topology.get('v5e:4x4')
+
+  @pytest.mark.parametrize('name, sides, host, asked, no_box', [
+      ('v6e:8x8', (8, 8, 1), (2, 2, 1), ['v6e:2x2', 'v6e:4x2'], 5),
+      ('v5p:4x4x4', (4, 4, 4), (2, 2, 1), ['v5p:2x2x1', 'v5p:4x2x1'], 3),
+      ('2*v5e:2x4', (2, 4, 1), (2, 2, 1), ['v5e:2x2', 'v5e:2x4'], 3)])
+  def test_a_sampler_is_compiled_for_a_slice_of_its_hosts_own_shape(self, monkeypatch, name, sides, host, asked, no_box):
+    by_host = {}
+    for at in np.ndindex(sides[::-1]):                                          # z, y, x: as libtpu counts hosts
+      place = tuple(n // h for n, h in zip(at, host[::-1], strict=True))
+      by_host.setdefault(place, []).append(SimpleNamespace(coords=at[::-1]))
+    hosts = [by_host[place] for place in sorted(by_host)] * chips.parse(name).slices
+    found = topology.Topology(name, 'tpu', chips.parse(name).chip, sum(hosts, []), True, hosts)
+    monkeypatch.setattr(topology, '_tpu', lambda name, slices: [name])
+    assert [topology.of_sampler(found, n) for n in (1, 2)] == [[name] for name in asked]
+    assert topology.of_sampler(found, no_box) == sum(hosts[:no_box], [])
+
+  def test_a_sampler_of_virtual_cpus_has_its_host_s(self):
+    found = topology.get('cpu:4')
+    assert list(topology.of_sampler(found)) == list(found.devices)
 
 
 class TestMake:
@@ -141,6 +162,41 @@ class TestMake:
     assert planning._pool_advice(s, [phase._replace(limit=beside + s.page_bytes)]) == []
 
 
+class TestSamplerOfSeveralHosts:
+  """Two hosts of four devices each, together one sampler over eight."""
+
+  def topology(self):
+    found = topology.get('cpu:8')
+    return found._replace(hosts=[found.devices[:4], found.devices[4:]])
+
+  def config(self, **entries):
+    return {**stage(), 'mesh': {'fsdp': 8}, 'sampler_mesh': {'data': -1, 'tensor': 2}, 'sampler_hosts': 2, 'label': 'small', **entries}
+
+  def test_has_the_devices_and_slots_of_both(self):
+    found = planning.make(self.config(), self.topology(), Bucket(8, 120), ('sampler',), Assumptions())
+    (phase,) = [p for p in found.phases if p.name == 'sampler']
+    assert found.sampler_mesh == {'data': 4, 'tensor': 2} and [p.failed for p in phase.programs] == ['', ''], phase
+    assert 'sampler data=4,tensor=2 on every 2 hosts' in report.text(found) and report.data(found)['sampler_hosts'] == 2
+    # What was sampled is gathered on all: a process reads none of another's.
+    assert any(c.kind == 'all-gather' and c.group == 4 for p in phase.programs for c in p.collectives)
+
+  def test_hosts_that_are_no_whole_samplers(self):
+    with pytest.raises(ValueError, match='config.sampler_hosts=3: 2 hosts of cpu:8 are not whole samplers of so many'):
+      planning.make(self.config(sampler_hosts=3), self.topology(), Bucket(8, 120), (), Assumptions())
+
+  def test_advice_goes_on_to_more_hosts_where_one_does_not_hold_the_policy(self):
+    where = self.topology()
+    t = trainer.make(self.config(), parallel.make_mesh({'fsdp': 8}, where.devices))
+    s = sampler_lib.make(t.model.config, stage()['engine'], t.method.protocol.stops, {'data': -1}, where.hosts[0])
+    one, two = (fit.sampler(s, t.model.config, n, 1 << 40) for n in (4, 8))
+    least = {hosts: min(need for _, need in ways) for hosts, ways in ((1, one), (2, two))}
+    assert least[2] < least[1]                                   # the same slots over twice the devices
+    advice = lambda room: planning._sampler_advice(s, t.model.config, where, room)
+    assert advice(least[1]).startswith('config.sampler_mesh: tensor=') and 'sampler_hosts' not in advice(least[1])
+    assert 'with config.sampler_hosts=2 would hold' in advice(least[1] - 1) and 'sampler_hosts=2' in advice(least[2])
+    assert 'no number of tensor ways' in advice(least[2] - 1)
+
+
 class TestReport:
 
   def test_text_has_every_part(self, made):
@@ -188,11 +244,27 @@ class TestSampler:
     assert list(found) == ['prefill', 'decode'] and 'stablehlo' in found['prefill']().as_text()
 
   def test_tensor_ways_that_would_fit(self):
-    _, s = self.sampler()
-    found = dict(fit.sampler(s, 2, 1 << 40))
+    t, s = self.sampler()
+    fitting = partial(fit.sampler, s, t.model.config, 2)
+    found = dict(fitting(1 << 40))
     assert list(found) == [1, 2] and found[1] >= 2 * sampler_lib.weight_bytes(s)      # two heads, two devices
-    assert fit.sampler(s, 2, max(found.values()) - 1) == [(n, b) for n, b in found.items() if b < max(found.values())]
-    assert fit.sampler(s, 2, 1000) == []
+    assert fitting(max(found.values()) - 1) == [(n, b) for n, b in found.items() if b < max(found.values())]
+    assert fitting(1000) == []
+
+  def test_heads_that_ways_do_not_divide(self):
+    t, _ = self.sampler()
+    with pytest.raises(ValueError, match=r'config\.sampler_mesh\.tensor=8: does not divide config\.model\.num_heads=2'):
+      sampler_lib.make(t.model.config, stage()['engine'], t.method.protocol.stops, {'tensor': 8}, jax.devices())
+
+  def test_more_ways_than_key_heads_hold_one_each(self):
+    """And the note says what a token takes: 2 arrays of 2 layers, one head of 16, float32."""
+    t, s = self.sampler()
+    two = sampler_lib.make(t.model.config, stage()['engine'], t.method.protocol.stops, {'tensor': 2}, jax.devices()[:2])
+    assert two.config.num_kv_heads == 2 and two.page_bytes == s.page_bytes
+    (note,) = planning._copies_note(two.mesh, t.model.config, 'sampler')
+    assert note.endswith(f'2 tensor ways and 1 key heads: each lies on 2 devices, {2 * 2 * 16 * 4} bytes of keys and values a '
+                         'token on each')
+    assert planning._copies_note(s.mesh, t.model.config, 'sampler') == []
 
   def test_another_engine_has_no_programs_of_ours(self):
     assert sampler_lib.make(None, {'name': 'simple'}, ('x',), {}, ()) is None
@@ -304,6 +376,16 @@ class TestTpu:
     plan = json.loads(ran.stdout)
     assert plan['compiled_for'] == '8 x TPU v5e, ahead of time' and plan['rematerializations'] == []
     assert [c['failed'] for p in plan['phases'].values() for c in p['programs']] == [''] * 5
+
+  def test_a_sampler_over_a_host_of_a_larger_slice(self):
+    """Four chips add up; in the larger slice's own topology libtpu ends with 'Unexpected device_id'."""
+    pytest.importorskip('libtpu')
+    ran = run('--config=configs/search_r1_grpo.py:qwen2_5_7b', '--config.model.variant=qwen3_0_6b', '--topology=v6e:4x4',
+              '--mesh=fsdp=16', '--sampler_mesh=tensor=4', '--config.engine.rows=40', '--phases=sampler', '--json=-')
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    found = {c['name']: c for c in json.loads(ran.stdout)['phases']['sampler']['programs']}
+    adds = next(c for c in found['decode']['collectives'] if c['kind'] == 'all-reduce')
+    assert adds['runs'] < 2 * 28 * 1.5                                       # two a layer, a few where a token is drawn
 
   @pytest.mark.parametrize('arguments', [
       ['--config=configs/search_r1_grpo.py:qwen2_5_3b', '--topology=v5e:4x4', '--mesh=fsdp=16',

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import json
-import threading
 
 from etils import epath
 import jax.numpy as jnp
@@ -163,31 +162,3 @@ class TestWrite:
   def test_a_tensor_of_another_size_is_refused(self, tmp_path):
     with pytest.raises(ValueError, match=r'a: found float32\[3\], wanted F32\[4\]'):
       safetensors_file.write(epath.Path(tmp_path / 'x'), [('a', 'F32', (4,))], [np.zeros(3, np.float32)])
-
-
-class TestReading:
-
-  def test_ranges_from_many_threads(self, tmp_path):
-    data = np.random.default_rng(0).integers(0, 256, 10_000, np.uint8)
-    (tmp_path / 'x').write_bytes(data.tobytes())
-    wrong = []
-    with safetensors_file.reading() as read:
-      def one(seed):
-        rng = np.random.default_rng(seed)
-        for _ in range(50):
-          start, stop = sorted(rng.integers(0, 10_001, 2))
-          into = np.zeros(stop - start, np.uint8)
-          read(epath.Path(tmp_path / 'x'), int(start), memoryview(into))
-          wrong.extend([] if np.array_equal(into, data[start:stop]) else [(start, stop)])
-      threads = [threading.Thread(target=one, args=(i,)) for i in range(4)]
-      for t in threads:
-        t.start()
-      for t in threads:
-        t.join()
-    assert not wrong
-
-  def test_a_file_that_shrank(self, tmp_path):
-    (tmp_path / 'x').write_bytes(b'12345')
-    with safetensors_file.reading() as read:
-      with pytest.raises(ValueError, match='ends at byte 5; bytes 3 to 7 were wanted'):
-        read(epath.Path(tmp_path / 'x'), 3, memoryview(bytearray(4)))

@@ -88,35 +88,77 @@ def relative(found, wanted):
   return norm([found[k].astype(np.float64) - wanted[k] for k in wanted]) / norm(wanted.values())
 
 
+@pytest.fixture(scope='module')
+def one(tmp_path_factory, cache):
+  """What one process with eight devices saw."""
+  folder = tmp_path_factory.mktemp('one')
+  command = [sys.executable, '-m', 'two_processes', '--config=tests/two_processes.py', f'--workdir={folder / "run"}', '--cpu_devices=8']
+  done = subprocess.run(command, cwd=small_run.ROOT, env=environment(cache, SEEN=str(folder)), timeout=400,
+                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+  assert done.returncode == 0, done.stdout
+  return np.load(folder / '0.npz')
+
+
+def same_as_one(several, one):
+  """Rollouts, rewards and advantages of several processes are those of one, and so are gradients, parameters, losses."""
+  rows = lambda found, step: sorted(
+      (t.tobytes(), tuple(r.ravel()), a.max(), a.min())
+      for t, r, a in zip(found[f'{step}/tokens'], found[f'{step}/rewards'], found[f'{step}/advantage'], strict=True))
+  part = lambda found, start: {name: found[name] for name in found.files if name.startswith(start)}
+  for step in range(STEPS):
+    assert [len(found[f'{step}/tokens']) for found in several] == [16 // len(several)] * len(several)
+    together, alone = sorted(row for found in several for row in rows(found, step)), rows(one, step)
+    assert [r[:2] for r in together] == [r[:2] for r in alone]
+    np.testing.assert_allclose([r[2:] for r in together], [r[2:] for r in alone], atol=1e-6)
+    assert any(r[2] > 0 for r in together)                     # there is something to learn
+    wanted = part(one, f'{step}/grads')
+    assert sum(np.any(g) for g in wanted.values()) > 8
+    for found in several:
+      assert relative(part(found, f'{step}/grads'), wanted) < 1e-5
+      assert {n: g.tobytes() for n, g in part(found, f'{step}/grads').items()} == \
+             {n: g.tobytes() for n, g in part(several[0], f'{step}/grads').items()}
+      assert relative(part(found, f'{step}/params'), part(one, f'{step}/params')) < 1e-5
+      assert found[f'{step}/loss'] == pytest.approx(float(one[f'{step}/loss']), abs=1e-5)
+  first, last = part(one, '0/params'), part(one, f'{STEPS - 1}/params')
+  assert len(first) > 10 and all((first[n] != last[n.replace('0/', f'{STEPS - 1}/', 1)]).any() for n in first)
+
+
+@pytest.mark.slow
+class TestSamplersOfTwoHosts:
+  """Four processes with two devices each are two samplers: 0 and 2 lead, 1 and 3 run what they run, and each process
+  updates with its own questions."""
+
+  ARGUMENTS = ('--processes=4', '--devices=2', '--', '--config.sampler_hosts=2')
+
+  def run(self, folder, cache, *arguments, act=None, **env):
+    launched = Launched(folder / 'run', cache, *arguments, *self.ARGUMENTS, **env)
+    try:
+      if act:
+        act(launched)
+      code, said = launched.finish()
+    finally:
+      launched.end()
+    assert code == 0, said
+    return said
+
+  def test_gives_what_one_gives_and_goes_on_after_a_follower_was_preempted(self, one, cache, tmp_path):
+    (tmp_path / 'seen').mkdir()
+    self.run(tmp_path, cache, '--restarts=0', SEEN=str(tmp_path / 'seen'))
+    same_as_one([np.load(tmp_path / 'seen' / f'{i}.npz') for i in range(4)], one)
+
+    def preempt(launched):
+      launched.wait_for(lambda: len(small_run.lines(tmp_path / 'stopped' / 'run' / RL / 'metrics.jsonl')) >= 1)
+      os.kill(launched.pid('1'), signal.SIGTERM)
+    said = self.run(tmp_path / 'stopped', cache, '--restarts=1', act=preempt)
+    assert said.count('launcher: exit codes [3, 3, 3, 3]') == 1 and f'{RL}: stopped; saved step' in said, said
+    assert small_run.differences(tmp_path / 'run', tmp_path / 'stopped' / 'run', (RL,)) == []
+
+
 @pytest.mark.slow
 class TestTwoProcesses:
 
-  def test_give_what_one_gives(self, two, cache, tmp_path):
-    command = [sys.executable, '-m', 'two_processes', '--config=tests/two_processes.py', f'--workdir={tmp_path / "run"}', '--cpu_devices=8']
-    done = subprocess.run(command, cwd=small_run.ROOT, env=environment(cache, SEEN=str(tmp_path)), timeout=400,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert done.returncode == 0, done.stdout
-    one, both = np.load(tmp_path / '0.npz'), [np.load(two / 'seen' / f'{i}.npz') for i in range(2)]
-    rows = lambda found, step: sorted(
-        (t.tobytes(), tuple(r.ravel()), a.max(), a.min())
-        for t, r, a in zip(found[f'{step}/tokens'], found[f'{step}/rewards'], found[f'{step}/advantage'], strict=True))
-    part = lambda found, start: {name: found[name] for name in found.files if name.startswith(start)}
-    for step in range(STEPS):
-      assert [len(found[f'{step}/tokens']) for found in both] == [8, 8]
-      together, alone = sorted(rows(both[0], step) + rows(both[1], step)), rows(one, step)
-      assert [r[:2] for r in together] == [r[:2] for r in alone]
-      np.testing.assert_allclose([r[2:] for r in together], [r[2:] for r in alone], atol=1e-6)
-      assert any(r[2] > 0 for r in together)                     # there is something to learn
-      wanted = part(one, f'{step}/grads')
-      assert sum(np.any(g) for g in wanted.values()) > 8
-      for found in both:
-        assert relative(part(found, f'{step}/grads'), wanted) < 1e-5
-        assert {n: g.tobytes() for n, g in part(found, f'{step}/grads').items()} == \
-               {n: g.tobytes() for n, g in part(both[0], f'{step}/grads').items()}
-        assert relative(part(found, f'{step}/params'), part(one, f'{step}/params')) < 1e-5
-        assert found[f'{step}/loss'] == pytest.approx(float(one[f'{step}/loss']), abs=1e-5)
-    first, last = part(one, '0/params'), part(one, f'{STEPS - 1}/params')
-    assert len(first) > 10 and all((first[n] != last[n.replace('0/', f'{STEPS - 1}/', 1)]).any() for n in first)
+  def test_give_what_one_gives(self, two, one):
+    same_as_one([np.load(two / 'seen' / f'{i}.npz') for i in range(2)], one)
 
   def test_one_killed_and_started_again_is_the_run_nobody_touched(self, two, cache, tmp_path):
     metrics = tmp_path / RL / 'metrics.jsonl'

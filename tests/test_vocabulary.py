@@ -41,3 +41,14 @@ def test_is_the_whole_softmax(monkeypatch, rows, num_tokens, chunk, tile, shape)
 def test_chunk_size(rows, limit, wanted):
   """As few as possible in two, in tiles of 128 where there is room: 151,936 rows are 19 chunks of 8,064 at most."""
   assert vocabulary.chunk_size(rows, limit) == wanted
+
+
+def test_rounding_in_the_loop_is_the_conversion():
+  """For all exponents, ties and infinities; what float32 holds stays as it is."""
+  bits = np.random.default_rng(0).integers(0, 1 << 32, 100_000, np.uint32)
+  bits[:50_000] &= np.uint32(0xffff8000)                                 # half of them ties, or exact
+  x = bits.view(np.float32)
+  x = x[~np.isnan(x)]
+  for dtype in (jnp.bfloat16, np.float32):
+    found = np.asarray(jax.jit(vocabulary._own, static_argnums=1)(x, dtype))
+    assert found.dtype == dtype and found.tobytes() == x.astype(dtype).tobytes()

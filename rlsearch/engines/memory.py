@@ -1,7 +1,7 @@
 """How many pages a sampler gets: from the memory that is left, or from the paths it is to hold."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import gc
 import math
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from rlsearch.models import params as params_lib
+from rlsearch.models import params as params_lib, sampled
 from rlsearch.models.config import ModelConfig
 from rlsearch.models.paged import TAIL
 
@@ -107,7 +107,8 @@ def free_bytes(mesh: Mesh) -> int | None:
 
 
 def plan(config: ModelConfig, mesh: Mesh, *, num_pages: int, page_tokens: int, rows: int, members: int,
-         widths: Sequence[int], own_width: int, share: float, reserve: Reserve = Reserve()) -> Plan:
+         widths: Sequence[int], own_width: int, share: float, reserve: Reserve = Reserve(),
+         least: Callable[[int], int] = lambda n: n) -> Plan:
   """Returns the plan of one device.
 
   Where `num_pages` is 0: on a device that says how much memory it has, `pages_in` what is free now (the trainer's weights
@@ -124,6 +125,7 @@ def plan(config: ModelConfig, mesh: Mesh, *, num_pages: int, page_tokens: int, r
     own_width: pages of a group's member behind the shared ones.
     share: of the memory that neither sampler nor update wants.
     reserve: for the update.
+    least: of the numbers that the processes of the mesh have planned: they run one program.
 
   Raises:
     ValueError: an impossible share, or no room for one path.
@@ -137,8 +139,9 @@ def plan(config: ModelConfig, mesh: Mesh, *, num_pages: int, page_tokens: int, r
     gc.collect()                                                # the pool of the stage before may wait for it
     free = free_bytes(mesh)
     num_pages = (1 + 2 * rows * (widths[-1] + TAIL) if free is None else
-                 pages_in(free, share, sum(array_bytes(config, params_lib.transformer_specs(config), mesh)), working,
-                          reserve, each + hidden))
+                 pages_in(free, share, sum(array_bytes(config, sampled.specs(params_lib.transformer_specs(config)), mesh)),
+                          working, reserve, each + hidden))
+    num_pages = least(num_pages)
   if num_pages < widths[-1] + TAIL + 2:
     raise ValueError(f'config.engine.num_pages={num_pages} of {page_tokens} tokens ({each / 2**20:.1f} MiB each; planned '
                      f'where the entry is 0, beside a working set of {working / 2**20:.0f} MiB and '

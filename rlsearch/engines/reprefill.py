@@ -40,9 +40,9 @@ def reprefill(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *,
   automaton = parallel.to_replicated(stops_lib.automaton(tok.token_bytes, stops, tok.end_ids), mesh)
   sample = jax.jit(partial(uncached.sample_turn, module.apply, max_new_tokens, tok.vocab_size, tok.eos_id,
                            decode.restriction(tok.vocab_size, top_k, top_p, min_p, logit_bias)), out_shardings=by_rows)
-  read = scoring.reader(uncached.mean_logp(module.apply, tok.vocab_size), mesh, rows, contexts)
   waiting: list[Request] = []
   state = {'params': None, 'version': -1, 'checked': False}
+  read = scoring.reader(uncached.mean_logp(module.apply, tok.vocab_size), lambda: state['params'], mesh, rows, contexts)
   counts = {'generated_tokens': 0, 'prefilled_tokens': 0, 'padded_tokens': 0, 'scored_tokens': 0}
 
   def set_params(params, version, own=False):
@@ -69,7 +69,7 @@ def reprefill(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *,
     return finished
 
   def logprob(prefixes: Sequence[Ids], targets: Sequence[Ids]) -> np.ndarray:
-    values, tokens = scoring.read_targets(read, state['params'], prefixes, targets)
+    values, tokens = scoring.read_targets(read, prefixes, targets)
     counts['scored_tokens'] += tokens
     return values
 

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
+from rlsearch import crew as crew_lib, parallel
+from rlsearch.crew import Crew
 from rlsearch.models import heads, transformer
 from rlsearch.models.config import ModelConfig
 from rlsearch.types import Ids, Params
 
-Reader = Callable[[Params, Sequence[Ids], Sequence[np.ndarray]], np.ndarray]
+Reader = Callable[[Sequence[Ids], Sequence[np.ndarray]], np.ndarray]
 
 
 def bucket(length: int, contexts: Sequence[int]) -> int:
@@ -27,22 +29,27 @@ def bucket(length: int, contexts: Sequence[int]) -> int:
   raise ValueError(f'a context of {length} tokens: the largest of config.engine.contexts={list(contexts)} is smaller')
 
 
-def reader(fn: Callable[..., jax.Array], mesh: Mesh, rows: int, contexts: Sequence[int]) -> Reader:
-  """Returns read(params, sequences, marks) -> f32[n]: `fn` over the sequences, in their order.
+def reader(fn: Callable[..., jax.Array], params: Callable[[], Params], mesh: Mesh, rows: int, contexts: Sequence[int],
+           crew: Crew = crew_lib.ALONE) -> Reader:
+  """Returns read(sequences, marks) -> f32[n]: `fn` over the sequences, in their order.
 
-  A sequence longer than every declared shape gets NaN: it alone failed.  The others are sorted by length and padded into the declared shapes; rows are divided over the mesh's devices and
-  no number depends on another row.
+  A sequence longer than every declared shape gets NaN: it alone failed.  The others are sorted by length and padded into
+  the declared shapes; rows are divided over the mesh, but for its tensor axis, and no number depends on another row.
 
   Args:
     fn: (params, tokens i32[rows, C], lengths i32[rows], marks bool[rows, C]) -> f32[rows]; jitted here.
+    params: what `fn` is given, as it lies when something is read.
     mesh: the sampler's own.
-    rows: of one call; a multiple of the mesh's devices.
+    rows: of one call, at least; a multiple of the mesh's devices is taken.
     contexts: lengths that a sequence is padded to, rising.
+    crew: the processes that have the mesh's devices.
   """
-  by_rows = NamedSharding(mesh, P(mesh.axis_names))
-  compiled = jax.jit(fn, out_shardings=by_rows)                # parameters as they lie
+  by_rows = NamedSharding(mesh, P(tuple(axis for axis in mesh.axis_names if axis != 'tensor')))
+  compiled = jax.jit(fn, out_shardings=by_rows if crew.size == 1 else parallel.replicated(mesh))    # parameters as they lie
+  run = crew.mirror(lambda *batch: compiled(params(), *parallel.placed(batch, by_rows)))
+  rows = -(-rows // (shards := mesh.size // mesh.shape['tensor'])) * shards
 
-  def read(params: Params, sequences: Sequence[Ids], marks: Sequence[np.ndarray]) -> np.ndarray:
+  def read(sequences: Sequence[Ids], marks: Sequence[np.ndarray]) -> np.ndarray:
     fit = [i for i in range(len(sequences)) if len(sequences[i]) <= contexts[-1]]
     order = sorted(fit, key=lambda i: len(sequences[i]))
     launched = []
@@ -52,8 +59,7 @@ def reader(fn: Callable[..., jax.Array], mesh: Mesh, rows: int, contexts: Sequen
       for b, i in enumerate(members):
         n = lengths[b] = len(sequences[i])
         tokens[b, :n], marked[b, :n] = sequences[i], marks[i]
-      batch = jax.device_put((tokens, lengths, marked), by_rows)
-      launched.append((members, compiled(params, *batch)))       # all dispatched before one is read
+      launched.append((members, run(tokens, lengths, marked)))   # all dispatched before one is read
     out = np.full(len(sequences), np.nan, np.float32)
     for members, values in launched:
       out[members] = np.asarray(jax.device_get(values))[:len(members)]
@@ -61,11 +67,11 @@ def reader(fn: Callable[..., jax.Array], mesh: Mesh, rows: int, contexts: Sequen
   return read
 
 
-def read_targets(read: Reader, params: Params, prefixes: Sequence[Ids], targets: Sequence[Ids]) -> tuple[np.ndarray, int]:
+def read_targets(read: Reader, prefixes: Sequence[Ids], targets: Sequence[Ids]) -> tuple[np.ndarray, int]:
   """Returns what `read` says of each target behind its prefix, f32[n], and how many tokens it was given."""
   whole = [np.concatenate([prefix, target]) for prefix, target in zip(prefixes, targets, strict=True)]
   marks = [np.arange(len(w)) >= len(p) for w, p in zip(whole, prefixes, strict=True)]
-  return read(params, whole, marks), sum(map(len, whole))
+  return read(whole, marks), sum(map(len, whole))
 
 
 def _positions(tokens: jax.Array) -> jax.Array:

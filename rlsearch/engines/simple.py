@@ -51,9 +51,9 @@ def simple(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *, ro
                  rule=decode.restriction(tok.vocab_size, top_k, top_p, min_p, logit_bias))
   sample = jax.jit(jax.shard_map(
       body, mesh=mesh, in_specs=(P(), axes, axes, axes, axes, axes, P()), out_specs=axes, check_vma=False))
-  read = scoring.reader(scoring.mean_logp(model.config), mesh, rows, contexts)
   waiting: list[Request] = []
   state = {'params': None, 'version': -1}
+  read = scoring.reader(scoring.mean_logp(model.config), lambda: state['params'], mesh, rows, contexts)
   counts = {'generated_tokens': 0, 'prefilled_tokens': 0, 'padded_tokens': 0, 'scored_tokens': 0}
 
   def set_params(params, version, own=False):
@@ -86,7 +86,7 @@ def simple(model: Model, tok: Tokenizer, stops: Sequence[str], mesh: Mesh, *, ro
     return finished
 
   def logprob(prefixes: Sequence[Ids], targets: Sequence[Ids]) -> np.ndarray:
-    values, tokens = scoring.read_targets(read, state['params'], prefixes, targets)
+    values, tokens = scoring.read_targets(read, prefixes, targets)
     counts['scored_tokens'] += tokens
     return values
 

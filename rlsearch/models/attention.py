@@ -41,11 +41,22 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, until: jax.Array, positions
   return _long(q, k, v, until, place, pairs, count, block)
 
 
-def sees(until: jax.Array, positions: jax.Array | None = None, window: int | jax.Array = 0) -> jax.Array:
-  """Returns bool[P, S, S]: whether query i sees key j; arguments as for `attend`."""
-  at = jnp.arange(until.shape[1])
-  found = (at[None, None, :] <= at[None, :, None]) & (at[None, :, None] < until[:, None, :])
-  return found if positions is None else found & (positions[:, :, None] - positions[:, None, :] < window)
+def sees(until: jax.Array, positions: jax.Array | None = None, window: int | jax.Array = 0,
+         first: int | jax.Array = 0, num: int | None = None) -> jax.Array:
+  """Returns bool[P, num, S]: whether each of the queries [first, first + num) sees key j; for the rest see `attend`.
+
+  Without `num`: all queries.
+  """
+  num = until.shape[1] if num is None else num
+  own = lambda: jax.lax.dynamic_slice_in_dim(positions, first, num, axis=1)
+  return _sees((first, num), (0, until.shape[1]), until, None if positions is None else (own(), positions, window))
+
+
+def _sees(queries, keys, until, place):
+  """bool[P, Q, K] of a tile: queries and keys are (first, number); place as in `_scores`."""
+  i, j = (first + jnp.arange(num) for first, num in (queries, keys))
+  found = (j <= i[:, None]) & (i[:, None] < until[:, None, :])
+  return found if place is None else found & (place[0][:, :, None] - place[1][:, None, :] < place[2])
 
 
 def visible_pairs(until: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
@@ -82,19 +93,15 @@ def _by_tokens(x, G):
   return jnp.transpose(x.reshape(P, M, G, n // G, H), (0, 3, 1, 2, 4))
 
 
-def _scores(q, k, until, place, first_query, first_key):
+def _scores(q, k, until, place, queries, first_key):
   """f32[P, M, Q, K] of a tile: q [P, M, Q, H] with its groups one behind the other, k [P, M, K, H], until [P, K].
 
-  place: positions of queries [P, T] and keys [P, K], and the window; None for no window.
+  place: positions of queries [P, T] and keys [P, K], and the window; None for no window.  queries: (first, number T).
   """
   groups, num_keys = q.shape[2], k.shape[2]
   z = jnp.einsum('PMQH,PMKH->PMQK', q, k, preferred_element_type=jnp.float32)
-  num = first_query[1]
-  i = first_query[0] + jnp.arange(num)[:, None]
-  j = first_key + jnp.arange(num_keys)[None, :]
-  visible = (j <= i) & (i < until[:, None, :])                                      # [P, T, K]
-  if place is not None:
-    visible &= place[0][:, :, None] - place[1][:, None, :] < place[2]
+  num = queries[1]
+  visible = _sees(queries, (first_key, num_keys), until, place)
   z = z.reshape(z.shape[:2] + (groups // num, num, num_keys))
   return jnp.where(visible[:, None, None], z, _NONE).reshape(z.shape[:2] + (groups, num_keys))
 

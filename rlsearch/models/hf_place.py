@@ -15,17 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlsearch.models import hf_table
+from rlsearch.models import file_bytes, hf_table
+from rlsearch.models.file_bytes import PAGE, Read
 from rlsearch.models.hf_table import Layout, Span
 from rlsearch.models.params import Param
-from rlsearch.models.safetensors_file import Read, Tensor
+from rlsearch.models.safetensors_file import Tensor
 
 DTYPES = {'bfloat16': jnp.dtype(jnp.bfloat16), 'float32': np.dtype(np.float32)}
 STORED = {'F32': np.dtype(np.float32), 'BF16': jnp.dtype(jnp.bfloat16), 'F16': np.dtype(np.float16)}
 CHUNK = 8 << 20       # bytes of a buffer: fits a cache, and a disk's request
 WORKERS = {False: 4, True: 16}    # threads that read, by whether files are remote: there one waits for the network
-TILE, PAD = 256, 16   # rows and columns that are turned at once: their source and target fit a cache; see `put`
-SPARE = 4 * TILE * (TILE + PAD)
+TILE, PAD = (512, 128), 16        # rows and columns that are turned at once: both copies fit a cache; see `put`
+SPARE = 4 * TILE[0] * (2 * TILE[1] + PAD)     # whole pages
+PIECE = 1 << 17       # elements that are cast at once
 ALIGN = 64            # of host arrays, so that a CPU device takes them as they are
 
 
@@ -103,18 +105,23 @@ class Task(NamedTuple):
   blocks: Sequence[Block]
 
 
-def fetch_rows(desk: Desk, task: Task, buffer: np.ndarray, spare: np.ndarray | None = None) -> None:
-  """Reads the rows of a task and puts them where they belong; `spare` is of `put`."""
+def fetch_rows(desk: Desk, task: Task, buffer: np.ndarray | None, spare: np.ndarray | None = None) -> None:
+  """Reads the rows of a task and puts them where they belong.
+
+  Args:
+    desk: reads.
+    task: what to read.
+    buffer: for the rows, best with two pages more than they have (`file_bytes.reading`); None: they are read in place.
+    spare: of `put`.
+  """
   t, rows = task.tensor, task.stop - task.start
   stored, width = STORED[t.dtype], t.shape[-1]
   row_bytes = width * stored.itemsize
   offset = t.start + task.start * row_bytes
   if sum(b - a for block in task.blocks for (a, b), _ in block.runs) >= width or desk.remote:
-    straight = in_place(task, stored)
-    raw = buffer[:rows * row_bytes] if straight is None else straight
-    desk.fetch(t.file, offset, memoryview(raw))
+    raw = desk.fetch(t.file, offset, rows * row_bytes, in_place(task, stored) if buffer is None else buffer)
     desk.read(raw.nbytes)
-    if straight is None:
+    if buffer is not None:
       matrix = raw.view(stored).reshape(rows, width)
       for block in task.blocks:
         for (a, b), at in block.runs:
@@ -124,7 +131,7 @@ def fetch_rows(desk: Desk, task: Task, buffer: np.ndarray, spare: np.ndarray | N
     for (a, b), at in block.runs:
       raw = buffer[:rows * (b - a) * stored.itemsize].reshape(rows, -1)
       for i in range(rows):
-        desk.fetch(t.file, offset + i * row_bytes + a * stored.itemsize, memoryview(raw[i]))
+        desk.fetch(t.file, offset + i * row_bytes + a * stored.itemsize, raw.shape[1], raw[i])
       desk.read(raw.nbytes)
       put(raw.view(stored), block.into[:, at:at + b - a], spare)
 
@@ -147,33 +154,32 @@ def put(found: np.ndarray, into: np.ndarray, spare: np.ndarray | None = None) ->
     spare: SPARE bytes to turn in.  Widths are multiples of powers of two: rows of a tile of the matrix itself fall on
       the same few sets of a cache; those of a copy with PAD columns more do not.
   """
-  bits = {np.dtype(np.float32): np.uint32, STORED['BF16']: np.uint16}
   widen = found.dtype == STORED['BF16'] and into.dtype == np.float32
-  if widen or found.dtype == into.dtype and into.dtype in bits:
-    found, into = found.view(bits[found.dtype]), into.view(bits[into.dtype])
-  turned = into.strides[1] != into.itemsize
-  # Turning costs by the element, so two columns of bfloat16 are turned as one of 32 bits.
-  two = widen and turned and found.shape[1] % 2 == found.ctypes.data % 4 == found.strides[0] % 4 == 0
-  found = found.view(np.uint32) if two else found
-  if spare is not None:
-    spare = spare[:TILE * (TILE + PAD) * found.itemsize].view(found.dtype).reshape(TILE, TILE + PAD)
-  for i in range(0, found.shape[0], TILE):
-    for k in range(0, found.shape[1], TILE):
-      part = found[i:i + TILE, k:k + TILE]
+  if into.strides[1] == into.itemsize or spare is None:
+    rows = max(1, PIECE // found.shape[1])
+    for i in range(0, found.shape[0], rows):
+      into[i:i + rows] = found[i:i + rows]
+    return
+  # Turning costs by the element, so two columns of bfloat16 are turned as one of 32 bits, little endian.
+  two = widen and found.shape[1] % 2 == found.ctypes.data % 4 == found.strides[0] % 4 == 0
+  if two or found.dtype == into.dtype:
+    bits = {2: np.uint16, 4: np.uint32}
+    found, into = found.view(np.uint32 if two else bits[found.itemsize]), into.view(bits[into.itemsize])
+  size = TILE[0] * (TILE[1] + PAD) * found.itemsize
+  padded = spare[:size].view(found.dtype).reshape(TILE[0], TILE[1] + PAD)
+  turned = spare[size:size + TILE[0] * TILE[1] * found.itemsize].view(found.dtype)
+  for i in range(0, found.shape[0], TILE[0]):
+    for k in range(0, found.shape[1], TILE[1]):
+      part = found[i:i + TILE[0], k:k + TILE[1]]
       rows, cols = part.shape
-      if turned and spare is not None:
-        spare[:rows, :cols] = part
-        part = spare[:rows, :cols]
-      if two:
-        low, high = (into[i:i + rows, 2 * k + n:2 * (k + cols):2] for n in (0, 1))     # little endian
-        high[...] = part
-        np.left_shift(high, np.uint32(16), out=low)
-        np.bitwise_and(high, np.uint32(0xffff0000), out=high)
+      padded[:rows, :cols] = part
+      if not two:
+        into[i:i + rows, k:k + cols] = padded[:rows, :cols]
         continue
-      tile = into[i:i + rows, k:k + cols]
-      tile[...] = part
-      if widen:
-        tile <<= np.uint32(16)
+      pairs = turned[:rows * cols].reshape(cols, rows).T
+      pairs[...] = padded[:rows, :cols]
+      np.left_shift(pairs, np.uint32(16), out=into[i:i + rows, 2 * k:2 * (k + cols):2])
+      np.bitwise_and(pairs, np.uint32(0xffff0000), out=into[i:i + rows, 2 * k + 1:2 * (k + cols):2])
 
 
 class Held(NamedTuple):
@@ -230,31 +236,24 @@ def count(spans: Sequence[Span]) -> int:
 
 ## Straight into host memory.
 
-def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-  size = math.prod(shape) * dtype.itemsize
-  raw = np.empty(size + ALIGN, np.uint8)
-  at = -raw.ctypes.data % ALIGN
-  return raw[at:at + size].view(dtype).reshape(shape)
-
-
 def direct(desk: Desk, jobs: Sequence[Job], dtype: np.dtype) -> list[jax.Array]:
   """Returns the jobs' arrays on CPU devices, filled by threads; each device's memory is the array that was filled."""
-  own, size = threading.local(), desk.chunk - SPARE
-  if size < max(4 * SPARE, desk.widest):      # too little to give a part of it away
-    size = desk.chunk
+  own, size = threading.local(), desk.chunk - SPARE - 3 * PAGE
+  small = size < max(4 * SPARE, desk.widest)  # too little to give a part of it away
 
   def run(task: Task) -> None:
-    if not hasattr(own, 'buffer'):
+    if not hasattr(own, 'parts'):
       desk.hold(desk.chunk)
-      own.buffer = np.empty(desk.chunk, np.uint8)
-    fetch_rows(desk, task, own.buffer[:size], own.buffer[size:] if size < desk.chunk else None)
+      buffer = np.empty(desk.chunk, np.uint8) if small else file_bytes.aligned((desk.chunk - PAGE,), np.uint8, PAGE)
+      own.parts = (buffer, None) if small else (buffer[SPARE:], buffer[:SPARE])
+    fetch_rows(desk, task, *own.parts)
 
   arrays, todo = [], []
   for job in jobs:
     layout = hf_table.layout(job.p)
-    arrays.append({part: _aligned([b - a for a, b in part.index], dtype) for part in parts(job)})
+    arrays.append({part: file_bytes.aligned([b - a for a, b in part.index], dtype, ALIGN) for part in parts(job)})
     held = [Held(part, matrices(layout, part, array)) for part, array in arrays[-1].items()]
-    todo += tasks(job, held, size)
+    todo += tasks(job, held, desk.chunk if small else size)
   todo.sort(key=lambda task: (task.tensor.file.name, task.tensor.start, task.start))    # as a disk likes it
   with concurrent.futures.ThreadPoolExecutor(desk.workers) as pool:
     pending = [pool.submit(run, task) for task in todo]

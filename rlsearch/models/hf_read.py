@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import tqdm
 
-from rlsearch.models import hf_config, hf_place, hf_stage, hf_table, params as params_lib, safetensors_file
+from rlsearch.models import file_bytes, hf_config, hf_place, hf_stage, hf_table, params as params_lib, safetensors_file
 from rlsearch.models.config import ModelConfig
 from rlsearch.models.hf_place import DTYPES
 from rlsearch.models.safetensors_file import Tensor
@@ -124,10 +124,10 @@ def fill(folder: epath.Path, tensors: Mapping[str, Tensor], specs: params_lib.Sp
           for path, p in rows.items()}
   total = sum(math.prod(b - a for a, b in part.index) * hf_place.STORED[next(iter(job.tensors.values())).dtype].itemsize
               for job in jobs.values() for part in hf_place.parts(job))
-  with safetensors_file.reading() as fetch, tqdm.tqdm(
+  with file_bytes.reading() as fetch, tqdm.tqdm(
       total=total, unit='B', unit_scale=True, desc=f'import {folder.name}', delay=QUIET_SECONDS, leave=False,
       disable=None if jax.process_index() == 0 else True) as bar:
-    desk = hf_place.Desk(fetch, list(tensors.values()), bar.update, remote=not safetensors_file.is_local(folder),
+    desk = hf_place.Desk(fetch, list(tensors.values()), bar.update, remote=not file_bytes.is_local(folder),
                          chunk=hf_stage.CHUNK if stage else hf_place.CHUNK)
     if tied:
       _compare(desk, folder, *tied)
@@ -200,7 +200,7 @@ def _compare(desk: hf_place.Desk, folder: epath.Path, embed: Tensor, unembed: Te
   for at in range(jax.process_index() * step, 0 if wrong else size, step * jax.process_count()):
     n = min(step, size - at)
     for t, into in ((embed, ours), (unembed, theirs)):
-      desk.fetch(t.file, t.start + at, memoryview(into[:n]))
+      desk.fetch(t.file, t.start + at, n, into)
       desk.read(n)
     wrong = wrong or not np.array_equal(ours[:n], theirs[:n])
   desk.hold(-2 * step)

@@ -93,11 +93,12 @@ def _send(desk: Desk, job: Job, places: Span, rows: Span) -> tuple[int, dict[jax
   desk.hold(size)
   buffer = None
   for task in hf_place.tasks(job, held, desk.chunk // 2, places, rows):
-    if buffer is None and hf_place.in_place(task, stored) is None:
+    straight = hf_place.in_place(task, stored) is not None
+    if buffer is None and not straight:
       scratch = max(desk.chunk // 2, task.tensor.shape[-1] * stored.itemsize)
       desk.hold(scratch)
       buffer = np.empty(scratch, np.uint8)
-    hf_place.fetch_rows(desk, task, buffer)
+    hf_place.fetch_rows(desk, task, None if straight else buffer)
   del buffer
   desk.hold(-scratch)
   return size, {d: jax.block_until_ready(jax.device_put(h.matrices, d)) for h in held for d in h.part.devices}

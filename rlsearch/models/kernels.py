@@ -66,12 +66,17 @@ def attend(config: ModelConfig, layout: Layout, mesh: Mesh | None) -> Attend:
     check_heads(config, mesh)
   if mesh is None or mesh.devices.size == 1 or name == 'plain' and mesh.shape['sequence'] == 1:
     return one_device(name, config, layout.until, layout.positions, 0, layout.tokens.shape[1],
-                      attention.BLOCK if platform_of(mesh) == 'cpu' else attention.WIDE)
+                      attention.BLOCK if platform_of(mesh) == 'cpu' else attention.WIDE, one_row(layout))
   return _over_mesh(name, config, layout, mesh)
 
 
+def one_row(layout: Layout) -> bool:
+  """Returns whether each sequence of a layout is one row: known from its shapes."""
+  return layout.gather.shape[0] == layout.tokens.shape[0]
+
+
 def one_device(name: str, config: ModelConfig, until: jax.Array, positions: jax.Array, first: int | jax.Array, num: int,
-               block: int, interpret: bool = False) -> Attend:
+               block: int, flat: bool = False, interpret: bool = False) -> Attend:
   """Returns a kernel for the queries [first, first + num) of every sequence against all keys to their left.
 
   Args:
@@ -81,35 +86,29 @@ def one_device(name: str, config: ModelConfig, until: jax.Array, positions: jax.
     first: index of the first query.
     num: of queries.
     block: tokens of a tile of the plain kernel.
+    flat: each sequence is one row with its padding behind it: what padding sees is nobody's concern.
     interpret: run splash attention without a TPU.
   """
-  mask = partial(visible, config, until, positions, first, num)
+  windowed, windows = positions if config.sliding_window else None, jnp.asarray(config.windows)
+  mask = lambda kind: attention.sees(until, windowed, windows[kind], first, num)
+  whole = num == until.shape[1]
   if name == 'splash':
     return _splash(config, jnp.stack([mask(kind) for kind in range(len(config.windows))]), interpret)
   if name == 'cudnn':
-    return partial(fused, mask, 'cudnn')
-  if num == until.shape[1]:
-    windowed = positions if config.sliding_window else None
-    windows = jnp.asarray(config.windows)
+    return partial(fused, None if flat and whole and windowed is None else mask, 'cudnn')
+  if whole:
     return lambda q, k, v, kind: attention.attend(q, k, v, until, windowed, windows[kind], block)
   return partial(_rows, mask)
 
 
-def visible(config: ModelConfig, until: jax.Array, positions: jax.Array, first: int | jax.Array, num: int, kind
-            ) -> jax.Array:
-  """Returns bool[P, num, S]: which keys the queries from `first` on see in a layer of that kind."""
-  i, j = first + jnp.arange(num), jnp.arange(until.shape[1])
-  seen = (j[None, None, :] <= i[None, :, None]) & (i[None, :, None] < until[:, None, :])
-  if not config.sliding_window:
-    return seen
-  of = jax.lax.dynamic_slice_in_dim(positions, first, num, axis=1)
-  return seen & (of[:, :, None] - positions[:, None, :] < jnp.asarray(config.windows)[kind])
+def fused(mask: Callable | None, implementation: str, q: jax.Array, k: jax.Array, v: jax.Array, kind) -> jax.Array:
+  """Returns attention by jax.nn.dot_product_attention, which has cuDNN's flash attention on GPUs.
 
-
-def fused(mask: Callable, implementation: str, q: jax.Array, k: jax.Array, v: jax.Array, kind) -> jax.Array:
-  """Returns attention by jax.nn.dot_product_attention, which has cuDNN's flash attention on GPUs."""
-  out = jax.nn.dot_product_attention(q.reshape(q.shape[:2] + (-1, q.shape[-1])), k, v, mask=mask(kind)[:, None], scale=1.0,
-                                     implementation=implementation)
+  A mask is an array of bool[P, T, S]; without one a query sees what is left of it, and cuDNN computes nothing else.
+  """
+  seen = {'is_causal': True} if mask is None else {'mask': mask(kind)[:, None]}
+  out = jax.nn.dot_product_attention(q.reshape(q.shape[:2] + (-1, q.shape[-1])), k, v, scale=1.0,
+                                     implementation=implementation, **seen)
   return out.reshape(q.shape)
 
 
@@ -169,7 +168,7 @@ def _over_mesh(name: str, config: ModelConfig, layout: Layout, mesh: Mesh) -> At
 
   def local(q, k, v, until, positions, kind):
     first = jax.lax.axis_index('sequence') * q.shape[1]
-    return one_device(name, config, until, positions, first, q.shape[1], block)(q, k, v, kind)
+    return one_device(name, config, until, positions, first, q.shape[1], block, one_row(layout))(q, k, v, kind)
 
   queries, keys, whole = P(rows, 'sequence', 'tensor'), P(rows, None, 'tensor'), P(rows)
   spread = jax.shard_map(local, mesh=mesh, in_specs=(queries, keys, keys, whole, whole, P()), out_specs=queries,

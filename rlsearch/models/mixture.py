@@ -10,7 +10,7 @@ from functools import partial
 import jax
 from jax.experimental.pallas.ops.tpu import megablox
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec as P
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec as P
 
 from rlsearch import parallel
 from rlsearch.models.config import ModelConfig
@@ -97,7 +97,8 @@ def in_parts(fn: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
   return jax.lax.map(jax.checkpoint(fn), padded.reshape(num, size, -1)).reshape(num * size, -1)[:x.shape[0]]
 
 
-def mixture(config: ModelConfig, act: Activation, p: Params, x: jax.Array, mesh: Mesh | None = None) -> jax.Array:
+def mixture(config: ModelConfig, act: Activation, p: Params, x: jax.Array, mesh: Mesh | AbstractMesh | None = None
+            ) -> jax.Array:
   """Returns the mixture of each token, [B, T, D].
 
   Over a mesh, each device gathers the tokens of those that it shares the experts with, multiplies by the experts that
@@ -108,11 +109,14 @@ def mixture(config: ModelConfig, act: Activation, p: Params, x: jax.Array, mesh:
     act: of the gate.
     p: of the layer: router [D, E], gate and up [E, D, F], down [E, F, D].
     x: [B, T, D].
-    mesh: None, or one over whose axes `x` is divided as parallel.RULES say.
+    mesh: None, or one over whose axes `x` is divided as parallel.RULES say; within a sampler's program, which has divided
+      the rows itself, the mesh that it is traced under.
 
   Raises:
     ValueError: a mesh that does not divide the experts.
   """
+  if isinstance(mesh, AbstractMesh):
+    return _whole(config, act, p, x, mesh)
   if mesh is None or mesh.devices.size == 1:
     # Without a mesh XLA may divide what follows, which it cannot do to a Pallas kernel.
     product = grouped('any' if mesh is None else mesh.devices.flat[0].platform)
@@ -137,6 +141,19 @@ def mixture(config: ModelConfig, act: Activation, p: Params, x: jax.Array, mesh:
   gate, up, down = (p[name].astype(x.dtype) for name in ('gate', 'up', 'down'))
   return jax.shard_map(local, mesh=mesh, in_specs=(P(), inward, inward, outward, tokens), out_specs=tokens,
                        check_vma=False)(p['router'], gate, up, down, x)
+
+
+def _whole(config, act, p, x, mesh):
+  """`mixture` where each device of the tensor axis has all tokens: those experts that lie on it, and then the sum."""
+  inward = parallel.spec(('expert_whole', 'width', 'ffn'), p['gate'].shape, mesh)
+  outward = parallel.spec(('expert_whole', 'ffn', 'width'), p['down'].shape, mesh)
+
+  def local(router, gate, up, down, x):
+    first = 0 if gate.shape[0] == config.num_experts else jax.lax.axis_index('tensor') * gate.shape[0]
+    one = lambda some: experts(act, grouped('any'), gate, up, down, some, *route(config, router, some), first).astype(x.dtype)
+    return jax.lax.psum(in_parts(one, x.reshape(-1, x.shape[-1])), 'tensor').reshape(x.shape)
+  return jax.shard_map(local, in_specs=(P(), inward, inward, outward, P()), out_specs=P(), axis_names={'tensor'},
+                       check_vma=False)(*(p[name] for name in ('router', 'gate', 'up', 'down')), x)
 
 
 def check(config: ModelConfig, mesh: Mesh) -> None:

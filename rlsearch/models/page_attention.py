@@ -23,15 +23,19 @@ class Span(NamedTuple):
   sees: jax.Array                  # bool, broadcastable to [R, P, M, X, S]
 
 
-def _made(x: jax.Array) -> jax.Array:
-  """Returns x, computed once: else XLA fuses what makes a query (RoPE) into its repetition, and makes it for every page."""
-  return jax.lax.cond(jnp.any(jnp.isnan(x[:1, :1, :1, :1])), jnp.negative, lambda y: y, x)
+def never(x: jax.Array) -> jax.Array:
+  """Returns bool[], false, though the compiler does not know: what hangs on it comes after `x`, and stays in its place.
+
+  Args:
+    x: whole on every device, or each program waits for the others to agree.
+  """
+  return jnp.any(jnp.isnan(x) & jnp.isinf(x))
 
 
-def _scores(q: jax.Array, span: Span) -> jax.Array:
+def _scores(q: jax.Array, span: Span, false: jax.Array) -> jax.Array:
   """f32[R, P, M, X, S].  The queries are repeated a page, so that rows, pages and heads are all batch dimensions:
   else XLA moves the keys to bring the pages beside their tokens, which costs more than all of the attention."""
-  q = _made(q)
+  q = jax.lax.cond(false, jnp.negative, lambda y: y, q)          # else XLA makes a query (RoPE) again for every page
   repeated = jnp.broadcast_to(q[:, None], q.shape[:1] + span.keys.shape[1:2] + q.shape[1:])
   scores = jnp.einsum('RPMXH,RPMHS->RPMXS', repeated, span.keys, preferred_element_type=jnp.float32)
   return jnp.where(span.sees, scores, IMPOSSIBLE)
@@ -45,7 +49,7 @@ def _lanes(x: jax.Array, reduce) -> jax.Array:
   return jax.lax.optimization_barrier(reduce(x, axis=1))
 
 
-def attend_pages(q: jax.Array, shared: Span | None, own: tuple[Span, ...], members: int) -> jax.Array:
+def attend_pages(q: jax.Array, shared: Span | None, own: tuple[Span, ...], members: int, false: jax.Array) -> jax.Array:
   """Returns softmax(q kᵀ) v over the pages of a row: the shared ones, read once a group, then its own.
 
   Args:
@@ -53,6 +57,7 @@ def attend_pages(q: jax.Array, shared: Span | None, own: tuple[Span, ...], membe
     shared: pages of R / members groups; None for none.
     own: pages of the rows, in the order of their positions.
     members: rows of a group, next to each other.
+    false: of `never`.
 
   Returns:
     f32[R, M, X, H].
@@ -62,10 +67,10 @@ def attend_pages(q: jax.Array, shared: Span | None, own: tuple[Span, ...], membe
       (-1, M, members * X) + x.shape[3:])                                   # rows -> groups, members among the queries
   apart = lambda x: jnp.moveaxis(x.reshape((-1, M, members, X) + x.shape[3:]), 2, 1).reshape(
       (num_rows, M, X) + x.shape[3:])
-  scores = [_scores(q, span) for span in own]
+  scores = [_scores(q, span, false) for span in own]
   largest = [_lanes(s, jnp.max) for s in scores]
   if shared is not None:
-    common = _scores(together(q), shared)
+    common = _scores(together(q), shared, false)
     largest = [apart(_lanes(common, jnp.max)), *largest]
   largest = jnp.max(jnp.stack([jnp.max(x, axis=-1) for x in largest]), axis=0)   # f32[R, M, X]; exact in any order
   probs = lambda s, m: jnp.exp(s - m[:, None, :, :, None])

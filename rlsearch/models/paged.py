@@ -15,10 +15,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rlsearch import parallel
 from rlsearch.models import decode, heads, transformer
 from rlsearch.models.config import EVERYTHING, ModelConfig
 from rlsearch.models.decode import Restriction
-from rlsearch.models.page_attention import IMPOSSIBLE, Span, attend_pages, attend_path, columns
+from rlsearch.models.page_attention import IMPOSSIBLE, Span, attend_pages, attend_path, columns, never
 from rlsearch.types import Params
 
 TAIL = 2                           # pages that a row of a slice may write: one begun, one more
@@ -76,35 +77,6 @@ def tail_pages(num_tokens: int, page_tokens: int) -> int:
   return (page_tokens + num_tokens - 2) // page_tokens + 1
 
 
-def unstack(config: ModelConfig, slices, params: Params, own: bool = False) -> Params:
-  """Returns parameters as a sampler wants them: one tree a layer, in the dtype of activations; norms stay float32.
-
-  One stacked array after the other, so that at most one exists in both forms where they are given up.
-
-  Args:
-    config: shapes.
-    slices: a jitted (stacked array) -> its layers in a sampler's dtype.
-    params: as in params.transformer_specs.
-    own: the stacked arrays are the sampler's, and are given up as they are taken.
-  """
-  cast = lambda x: x.astype(config.dtype) if x.ndim > 1 else x
-  layers: list[dict] = [{} for _ in range(config.num_layers)]
-  for name, stacked in params['layers'].items():
-    parts = slices(stacked)
-    if own:
-      jax.block_until_ready(parts)
-      stacked.delete()
-    for layer, part in zip(layers, parts, strict=True):
-      layer[name] = part
-  return {**{name: cast(x) for name, x in params.items() if name != 'layers'}, 'layers': tuple(layers)}
-
-
-def slices(config: ModelConfig, stacked: jax.Array) -> tuple[jax.Array, ...]:
-  """Returns the layers of one stacked array; those with a matrix in the dtype of activations."""
-  dtype = config.dtype if stacked.ndim > 2 else stacked.dtype
-  return tuple(stacked[i].astype(dtype) for i in range(config.num_layers))
-
-
 def empty_pool(config: ModelConfig, num_pages: int, page_tokens: int, num_rows: int) -> Pool:
   """Returns a pool of zeros."""
   M, H, D = config.num_kv_heads, config.head_size, config.width
@@ -127,8 +99,7 @@ def _after(done: jax.Array, places: jax.Array) -> jax.Array:
   Else XLA may store first, and copies the whole pool to be safe.  A barrier would say it better, but is gone before
   operations are put in order.
   """
-  never = jnp.any(jnp.isnan(done) & jnp.isinf(done))
-  return places + never.astype(places.dtype)
+  return places + never(done).astype(places.dtype)
 
 
 @partial(jax.named_call, name='prefill_chunk')
@@ -137,7 +108,7 @@ def prefill_chunk(config: ModelConfig, params: Params, pool: Pool, chunk: Chunk)
 
   Args:
     config: shapes (static).
-    params: of `unstack`.
+    params: of sampled.unstacker.
     pool: donated by the caller.
     chunk: what to prefill.
   """
@@ -171,7 +142,7 @@ def prefill_chunk(config: ModelConfig, params: Params, pool: Pool, chunk: Chunk)
       tail = Span(*write(layer, k, v), seen[kind])
       out = attend_path(pool.keys[layer], pool.values[layer], q, chunk.pages, before, tail, lowest[kind]).astype(v.dtype)
       return jnp.moveaxis(out.reshape(num_rows, M, num_tokens, G, H), 2, 1)
-    x, (k, v) = transformer.block(config, p, x, turned, attend, config.kinds[layer])
+    x, (k, v) = transformer.block(config, p, x, turned, attend, config.kinds[layer], parallel.around())
     new = write(layer, k, v)                                                          # as in attend: computed once
     keys.append(new[0])
     values.append(new[1])
@@ -215,6 +186,7 @@ def _step(config: ModelConfig, params: Params, common: Sequence[Span | None], me
   seen = tuple(own_seen(window) for window in config.windows)                         # by kind of layer
   turned = transformer.rotations(config, c.length[:, None])
   x = transformer.lookup(config, params, token[:, None])
+  false = never(x[0, 0])
   new_keys, new_values = [], []
   for layer, p in enumerate(params['layers']):
     def write(k, v, layer=layer):
@@ -222,8 +194,8 @@ def _step(config: ModelConfig, params: Params, common: Sequence[Span | None], me
               c.values[layer].at[rows, page, :, place].set(v[:, 0], mode='drop'))
     def attend(q, k, v, kind, layer=layer, write=write):
       shared = near(common[layer], config.windows[kind])
-      return attend_pages(q[:, 0], shared, (Span(*write(k, v), seen[kind]),), members).astype(v.dtype)[:, None]
-    x, (k, v) = transformer.block(config, p, x, turned, attend, config.kinds[layer])
+      return attend_pages(q[:, 0], shared, (Span(*write(k, v), seen[kind]),), members, false).astype(v.dtype)[:, None]
+    x, (k, v) = transformer.block(config, p, x, turned, attend, config.kinds[layer], parallel.around())
     k, v = write(k, v)                                                                # as in attend: computed once
     new_keys.append(k)
     new_values.append(v)
@@ -254,7 +226,7 @@ def decode_slice(config: ModelConfig, num_steps: int, members: int, num_tokens: 
     num_tokens: ids below it are the tokenizer's; the others are never drawn (static).
     eos_id: ends a turn (static).
     restriction: what may be drawn (static).
-    params: of `unstack`.
+    params: of sampled.unstacker.
     pool: donated by the caller.
     work: the branches.
     automaton: i32[states, V], from data.stops.

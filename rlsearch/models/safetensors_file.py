@@ -1,21 +1,22 @@
-"""The safetensors format: headers are checked before a byte of a tensor is read; bytes are read range by range.
+"""The safetensors format: headers are checked before a byte of a tensor is read.
 
 A file is 8 bytes with the header's length (little endian), the header in JSON, and the data.  The header gives each
 tensor's dtype, shape and offsets in the data.  https://github.com/huggingface/safetensors, "Format".
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import contextlib
 import json
 import math
 import os
 import pathlib
-import threading
 from typing import Any, NamedTuple
 
 from etils import epath
 import numpy as np
+
+from rlsearch.models.file_bytes import is_local
 
 MAX_HEADER = 100_000_000     # the format's own limit
 BITS = {
@@ -23,8 +24,6 @@ BITS = {
     'I32': 32, 'U32': 32, 'F32': 32, 'I64': 64, 'U64': 64, 'F64': 64, 'C64': 64, 'F4': 4, 'F6_E2M3': 6, 'F6_E3M2': 6}
 INDEX, SINGLE = 'model.safetensors.index.json', 'model.safetensors'
 PICKLES = ('*.bin', '*.pt', '*.pth', '*.ckpt')
-
-Read = Callable[[epath.Path, int, memoryview], None]
 
 
 class Tensor(NamedTuple):
@@ -234,55 +233,3 @@ def _inside(folder: epath.Path, name: str) -> epath.Path:
     if not any(real.is_relative_to(a) for a in allowed):
       raise ValueError(f'{folder}: {name!r} links to {real}, which is outside; copy the file here')
   return path
-
-
-## Bytes.
-
-def is_local(path: epath.Path) -> bool:
-  """Returns whether the operating system reads it."""
-  return '://' not in os.fspath(path)
-
-
-@contextlib.contextmanager
-def reading() -> Iterator[Read]:
-  """Yields read(file, offset, into), which fills a buffer from a file and may be called by many threads.
-
-  Local files are read by pread through one descriptor each, others by seek and read through one handle a thread.
-
-  Raises:
-    ValueError: in read, if the file ends early.
-  """
-  with contextlib.ExitStack() as stack:
-    descriptors, own, lock = {}, threading.local(), threading.Lock()
-
-    def descriptor(path: epath.Path) -> int:
-      with lock:
-        if path not in descriptors:
-          descriptors[path] = os.open(os.fspath(path), os.O_RDONLY)
-          stack.callback(os.close, descriptors[path])
-        return descriptors[path]
-
-    def handle(path: epath.Path):
-      handles = own.__dict__.setdefault('handles', {})
-      if path not in handles:
-        handles[path] = path.open('rb')
-        with lock:
-          stack.callback(handles[path].close)
-      return handles[path]
-
-    def read(path: epath.Path, offset: int, into: memoryview) -> None:
-      done, local = 0, is_local(path)
-      if not local:
-        handle(path).seek(offset)
-      while done < len(into):
-        if local:
-          got = os.preadv(descriptor(path), [into[done:]], offset + done)
-        else:
-          data = handle(path).read(len(into) - done)
-          got = len(data)
-          into[done:done + got] = data
-        if not got:
-          raise ValueError(f'{path}: ends at byte {offset + done}; bytes {offset} to {offset + len(into)} were wanted')
-        done += got
-
-    yield read

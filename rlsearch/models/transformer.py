@@ -9,7 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 import numpy as np
 
 from rlsearch import parallel
@@ -151,7 +151,7 @@ def gelu_tanh(x: jax.Array) -> jax.Array:
 ACTIVATIONS = {'silu': jax.nn.silu, 'gelu_tanh': gelu_tanh}
 
 
-def mlp(config: ModelConfig, p: Params, x: jax.Array, mesh: Mesh | None = None) -> jax.Array:
+def mlp(config: ModelConfig, p: Params, x: jax.Array, mesh: Mesh | AbstractMesh | None = None) -> jax.Array:
   """Returns W_down (act(W_gate x) · W_up x) (Shazeer 2020, Sec. 2), or the mixture of such experts."""
   act = ACTIVATIONS[config.activation]
   if config.num_experts:
@@ -160,7 +160,7 @@ def mlp(config: ModelConfig, p: Params, x: jax.Array, mesh: Mesh | None = None) 
 
 
 def block(config: ModelConfig, p: Params, x: jax.Array, turned: jax.Array, attend: Attend, kind: Kind,
-          mesh: Mesh | None = None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+          mesh: Mesh | AbstractMesh | None = None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
   """Returns the residual stream behind one layer, and the layer's keys and values.
 
   Args:
@@ -170,7 +170,7 @@ def block(config: ModelConfig, p: Params, x: jax.Array, turned: jax.Array, atten
     turned: of `rotations`, all kinds.
     attend: which token sees which.
     kind: of the layer.
-    mesh: over which a mixture's experts lie; None: where the parameters do.
+    mesh: over which a mixture's experts lie, see there; None: where the parameters do.
   """
   q, k, v = qkv(config, p, norm(config, x, p['attn_norm']), of_kind(turned, kind))
   heads = attend(q, k, v, kind)
@@ -223,10 +223,10 @@ def forward(config: ModelConfig, params: Params, tokens: jax.Array, positions: j
 
   Args:
     config: shapes.
-    params: as in params.transformer_specs, or of models.paged.unstack.
+    params: as in params.transformer_specs, or of models.sampled.
     tokens, positions: i32[P, S].
     attend: which token sees which.
-    mesh: over which rows, sequences and experts are divided; None: as the arguments lie.
+    mesh: over which rows, sequences and experts are divided; None: as the arguments lie, and so do a sampler's always.
   """
   turned = rotations(config, positions)
   spread = partial(parallel.constrain, axes=('batch', 'sequence', 'width'), mesh=mesh)
@@ -234,9 +234,9 @@ def forward(config: ModelConfig, params: Params, tokens: jax.Array, positions: j
     p, kind = layer
     return spread(block(config, gather(config, p, mesh), x, turned, attend, kind, mesh)[0]), None
   if isinstance(params['layers'], tuple):                      # as a sampler holds them
-    x = lookup(config, params, tokens, mesh)
-    for layer in zip(params['layers'], config.kinds, strict=True):
-      x = spread(block(config, layer[0], x, turned, attend, layer[1], mesh)[0])
+    x = lookup(config, params, tokens)
+    for p, kind in zip(params['layers'], config.kinds, strict=True):
+      x = block(config, p, x, turned, attend, kind, parallel.around())[0]
     return final(config, params, x)
   # Few layers are written out: XLA's CPU loop copies what it carries, and matrices of their own multiply faster.
   unroll = config.num_layers if config.num_layers <= UNROLLED else 1

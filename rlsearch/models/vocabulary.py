@@ -46,6 +46,16 @@ def chunk_size(vocab_size: int, limit: int) -> int:
   return min(-(-vocab_size // num // 128) * 128, limit, vocab_size)
 
 
+def _own(x, dtype):
+  """x rounded to that dtype, in a step of the loop and not before it.
+
+  XLA moves a conversion before the loop, where it is of the whole table: half of its memory once more.  Of rounding, which
+  changes nothing here, it does not know that.
+  """
+  kind = jnp.finfo(dtype)
+  return jax.lax.reduce_precision(x, kind.nexp, kind.nmant).astype(dtype)
+
+
 def _chunk_logits(hidden, rows, at, new, num_tokens):
   """Logits of the rows [at, at + len(rows)) of the table; those before `new` and from num_tokens on are impossible."""
   z = jnp.einsum('TD,VD->TV', hidden, rows, preferred_element_type=jnp.float32)
@@ -107,7 +117,7 @@ def _chosen_logp_fwd(hidden, table, targets, chunk, num_tokens, axis):
     def body(carry, xs):
       largest, total, weighted, target = carry
       at, new = xs
-      rows = jax.lax.dynamic_slice_in_dim(table, at, chunk).astype(hidden.dtype)
+      rows = _own(jax.lax.dynamic_slice_in_dim(table, at, chunk), hidden.dtype)
       z = _chunk_logits(hidden, rows, at, new, possible)
       most = jnp.maximum(largest, jnp.max(z, axis=1))
       scale, e = jnp.exp(largest - most), jnp.exp(z - most[:, None])
@@ -139,7 +149,7 @@ def _chosen_logp_bwd(chunk, num_tokens, axis, saved, cotangents):
   def body(sums, xs):
     d_hidden, d_table = sums
     at, new = xs
-    rows = jax.lax.dynamic_slice_in_dim(table, at, chunk).astype(hidden.dtype)
+    rows = _own(jax.lax.dynamic_slice_in_dim(table, at, chunk), hidden.dtype)
     def tile(i, sums):
       d_hidden, d_rows = sums
       states, mine_at, log_z, entropy, g_logp, g_entropy = (x[i] for x in tiles)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlsearch import parallel
-from rlsearch.models import mixture, params as params_lib
+from rlsearch.models import mixture, params as params_lib, sampled
 from rlsearch.models.config import ModelConfig
 from rlsearch.plan import sampler as sampler_lib
 from rlsearch.plan.sampler import Sampler
@@ -113,16 +113,23 @@ def update(specs: Mapping[str, Mapping], frozen: Mapping[str, Mapping], moments:
   return sorted(found, key=lambda c: (c.total, c.mesh.get('tensor', 1)))
 
 
-def sampler(s: Sampler, host_devices: int, room: int) -> list[tuple[int, int]]:
-  """Returns (tensor ways, bytes): policy, working set and a longest path, or the policy twice, fit in `room`."""
-  found, size = [], np.dtype(jnp.dtype(s.config.dtype)).itemsize
-  for tensor in (n for n in range(1, host_devices + 1) if host_devices % n == 0 and s.config.num_heads % n == 0):
-    shape = Shape({**dict(s.mesh.shape), 'tensor': tensor})
-    shards = host_devices // tensor
+def sampler(s: Sampler, config: ModelConfig, num_devices: int, room: int) -> list[tuple[int, int]]:
+  """Returns (tensor ways, bytes): policy, working set and a longest path, or the policy twice, fit in `room`.
+
+  Args:
+    s: the sampler as it is planned.
+    config: of the policy.
+    num_devices: of a sampler.
+    room: bytes of a device beside the trainer's.
+  """
+  found, size = [], np.dtype(jnp.dtype(config.dtype)).itemsize
+  divides = lambda n: num_devices % n == config.num_heads % n == 0 and 0 in (config.num_experts % n, config.expert_ffn % n)
+  for tensor in filter(divides, range(1, num_devices + 1)):
+    shards, held = num_devices // tensor, sampled.held(config, tensor)
     if s.entry['rows'] % shards or s.entry['rows'] // shards % s.entry['members']:
       continue
-    one = s._replace(mesh=shape, shards=shards)
-    copy = part(params_lib.transformer_specs(s.config), {'tensor': tensor}, size)
+    one = s._replace(config=held, mesh=Shape({**dict(s.mesh.shape), 'tensor': tensor}), shards=shards)
+    copy = part(sampled.specs(params_lib.transformer_specs(held)), {'tensor': tensor}, size)
     need = copy + max(copy, sampler_lib.working_bytes(one) + (s.widths[-1] + 4) * one.page_bytes)
     if need <= room:
       found.append((tensor, need))

@@ -10,8 +10,9 @@ import jax
 from rlsearch import parallel, reserve
 from rlsearch.engines import memory
 from rlsearch.engines.memory import Reserve
-from rlsearch.models import params as params_lib
-from rlsearch.plan import compiling, fit, resident, roofline, sampler as sampler_lib, trainer as trainer_lib
+from rlsearch.models import params as params_lib, sampled
+from rlsearch.plan import (compiling, fit, resident, roofline, sampler as sampler_lib, topology as topology_lib,
+                           trainer as trainer_lib)
 from rlsearch.plan.compiling import Compiled
 from rlsearch.plan.resident import Item, Replica
 from rlsearch.plan.roofline import Assumptions
@@ -65,6 +66,7 @@ class Plan(NamedTuple):
     name: of the config.
     topology: what it is for.
     mesh, sampler_mesh: sizes of their axes.
+    sampler_hosts: that are one sampler.
     bucket: rows and length of a block.
     microbatch: rows of one forward and backward pass.
     phases: of a step.
@@ -77,6 +79,7 @@ class Plan(NamedTuple):
   topology: Topology
   mesh: Mapping[str, int]
   sampler_mesh: Mapping[str, int]
+  sampler_hosts: int
   bucket: Bucket
   microbatch: int
   phases: Sequence[Phase]
@@ -120,8 +123,12 @@ def make(config: Mapping[str, Any], topology: Topology, bucket: Bucket, phases: 
   t = trainer_lib.make(config, mesh)
   whole = parallel.whole_rows(t.options.microbatch_rows, mesh)
   bucket = Bucket(-(-bucket.rows // whole) * whole, bucket.length)
+  together = config['sampler_hosts']
+  if together < 1 or len(topology.hosts) % together:
+    raise ValueError(f'config.sampler_hosts={together}: {len(topology.hosts)} hosts of {topology.name} are not whole samplers '
+                     'of so many')
   s = sampler_lib.make(t.model.config, config['engine'], t.method.protocol.stops, config['sampler_mesh'],
-                       topology.hosts[0])
+                       topology_lib.of_sampler(topology, together), together)
   held, limit = resident.of_trainer(t), topology.chip.hbm_bytes
   kept, handed, notes = (), (), []
   if not topology.ahead:
@@ -150,7 +157,7 @@ def make(config: Mapping[str, Any], topology: Topology, bucket: Bucket, phases: 
                             forwards, assumptions)
   seconds = [0. if rolled is None else rolled.seconds, updated.snapshot_seconds, updated.update_seconds]
   size = lambda m: {axis: n for axis, n in dict(m.shape).items() if n > 1}
-  return Plan(config.get('label', ''), topology, size(mesh), {} if s is None else size(s.mesh), bucket, whole, found,
+  return Plan(config.get('label', ''), topology, size(mesh), {} if s is None else size(s.mesh), together, bucket, whole, found,
               replicas(t, s), advice(t, s, found, bucket, whole, topology), w, assumptions, rolled, updated,
               roofline.run(config['steps'], seconds, len(topology.devices)), notes)
 
@@ -165,16 +172,16 @@ def _pool_note(s: Sampler, pages: int, kept: Reserve, topology: Topology) -> str
 
 
 def _copies_note(mesh, config, what: str) -> list[str]:
-  copies = resident.key_value_copies(config, mesh)
-  return [] if not copies else [
-      f'{what}: {mesh.shape["tensor"]} tensor ways and {config.num_kv_heads} key heads: each lies '
-      f'{mesh.shape["tensor"] // config.num_kv_heads} times, {copies} bytes of keys and values a token on each device '
-      'that another device has too']
+  ways, copies = mesh.shape['tensor'], parallel.kv_copies(config.num_kv_heads, mesh)
+  return [] if copies == 1 else [
+      f'{what}: {ways} tensor ways and {config.num_kv_heads} key heads: each lies on {copies} devices, '
+      f'{memory.page_bytes(sampled.held(config, ways), 1, ways)} bytes of keys and values a token on each']
 
 
 def _hand_over(t: Trainer, s: Sampler, num_hosts: int) -> list[Item]:
   """What lies beside the sampler's copy between two steps."""
-  arrays = memory.array_bytes(s.config, params_lib.transformer_specs(s.config), s.mesh)
+  config = t.model.config
+  arrays = memory.array_bytes(config, sampled.specs(params_lib.transformer_specs(config)), s.mesh)
   return [Item(name, size) for name, size in reserve.handing(t.given, arrays, num_hosts).items()]
 
 
@@ -233,7 +240,7 @@ def replicas(t: Trainer, s: Sampler | None) -> list[Replica]:
     for group, specs in kind.items():
       found += resident.replicas(specs, t.mesh, f'{group}.')
   if s is not None:
-    own = params_lib.kept_in(params_lib.transformer_specs(s.config), s.config.dtype)
+    own = params_lib.kept_in(sampled.specs(params_lib.transformer_specs(s.config)), s.config.dtype)
     found += resident.replicas(own, s.mesh, 'sampler.')
   return found
 
@@ -247,10 +254,7 @@ def advice(t: Trainer, s: Sampler | None, phases: Sequence[Phase], bucket: Bucke
   said, config, num = [], t.model.config, len(topology.devices)
   if s is not None:
     own = resident.total(resident.of_trainer(t))
-    ways = fit.sampler(s, len(topology.hosts[0]), topology.chip.hbm_bytes - own)
-    found = ', '.join(f'tensor={n} ({_gib(need)} beside the trainer)' for n, need in ways)
-    said.append(f'config.sampler_mesh: {found or "no number of tensor ways on one host"} would hold the policy, its '
-                'working set and the longest path')
+    said.append(_sampler_advice(s, config, topology, topology.chip.hbm_bytes - own))
     said += _pool_advice(s, bad)
   taken = sum(item.bytes for item in bad[0].items if item.name.startswith('keys') or item.name == 'sampler copy')
   room = topology.chip.hbm_bytes - taken
@@ -267,6 +271,16 @@ def advice(t: Trainer, s: Sampler | None, phases: Sequence[Phase], bucket: Bucke
                 f'sampler.  More chips, fewer config.updates.microbatch_rows ({microbatch}) or a smaller pool '
                 '(config.engine.memory_share, num_pages) would help')
   return said
+
+
+def _sampler_advice(s: Sampler, config, topology: Topology, room: int) -> str:
+  """Which tensor ways would hold the policy, on as few hosts together as do."""
+  for hosts in (n for n in range(1, len(topology.hosts) + 1) if len(topology.hosts) % n == 0):
+    if ways := fit.sampler(s, config, hosts * len(topology.hosts[0]), room):
+      found = ', '.join(f'tensor={n} ({_gib(need)} beside the trainer)' for n, need in ways)
+      return (f'config.sampler_mesh: {found}' + (f' with config.sampler_hosts={hosts}' if hosts > 1 else '')
+              + ' would hold the policy, its working set and the longest path')
+  return 'config.sampler_mesh: no number of tensor ways would hold the policy, its working set and the longest path'
 
 
 def _pool_advice(s: Sampler, bad: Sequence[Phase]) -> list[str]:

@@ -59,9 +59,10 @@ def _program(c: Compiled) -> list[str]:
 
 def text(plan: Plan) -> str:
   """Returns the plan for people."""
+  where = 'each host' if plan.sampler_hosts == 1 else f'every {plan.sampler_hosts} hosts'
   lines = [f'{plan.name} on {plan.topology.name}: {plan.topology.label}',
-           f'mesh {_axes(plan.mesh)}; sampler {_axes(plan.sampler_mesh)} on each host; blocks of {plan.bucket.rows} x '
-           f'{plan.bucket.length} tokens, {plan.microbatch} rows at a time', '']
+           f'mesh {_axes(plan.mesh)}; sampler {_axes(plan.sampler_mesh)} on {where}; blocks of '
+           f'{plan.bucket.rows} x {plan.bucket.length} tokens, {plan.microbatch} rows at a time', '']
   lines += [*table(plan.phases), '', 'programs']
   lines += [line for p in plan.phases for c in p.programs for line in _program(c)] + ['']
   lines += [f'note: {note}' for note in plan.notes]
@@ -107,7 +108,8 @@ def data(plan: Plan) -> dict[str, Any]:
   programs = lambda found: [_data_of(p) for p in found]
   return {
       'config': plan.name, 'topology': plan.topology.name, 'compiled_for': plan.topology.label, 'mesh': dict(plan.mesh),
-      'sampler_mesh': dict(plan.sampler_mesh), 'bucket': list(plan.bucket), 'microbatch_rows': plan.microbatch,
+      'sampler_mesh': dict(plan.sampler_mesh), 'sampler_hosts': plan.sampler_hosts,
+      'bucket': list(plan.bucket), 'microbatch_rows': plan.microbatch,
       'fits': plan.fits,
       'phases': {p.name: {'fits': p.fits, 'bytes': p.total, 'limit': p.limit, 'inputs': p.inputs,
                           'resident': {i.name: i.bytes for i in p.items}, 'programs': programs(p.programs)}

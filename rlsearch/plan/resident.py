@@ -6,13 +6,11 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
 from rlsearch import parallel
 from rlsearch.models import params as params_lib
-from rlsearch.models.config import ModelConfig
 from rlsearch.plan import sampler as sampler_lib
 from rlsearch.plan.sampler import Sampler
 from rlsearch.plan.trainer import Trainer
@@ -97,12 +95,3 @@ def _why(p: params_lib.Param, axis: str) -> str:
   return ', '.join(f'{axis} does not divide {name}={size}' for name, size in meant)
 
 
-def key_value_copies(config: ModelConfig, mesh: Mesh) -> int:
-  """Returns how many bytes of a token's keys and values a device holds that it need not: more tensor ways than heads.
-
-  With M key heads that t ways do not divide each device holds all M of every layer, where M / t would be its share.
-  """
-  size, ways = np.dtype(jnp.dtype(config.dtype)).itemsize, mesh.shape['tensor']
-  whole = 2 * config.num_layers * config.head_size * size
-  M = config.num_kv_heads
-  return 0 if M % ways == 0 else int(whole * (M - M / ways))

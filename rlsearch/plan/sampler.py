@@ -1,4 +1,4 @@
-"""The sampler's programs of a config, for one host's devices, and how many pages its pool has."""
+"""The sampler's programs of a config, for the devices of one sampler, and how many pages its pool has."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from rlsearch import parallel
 from rlsearch.data import stops as stops_lib
 from rlsearch.engines import lanes, memory
 from rlsearch.engines.paged import programs as paged_programs
-from rlsearch.models import decode, paged as paged_model, params as params_lib
+from rlsearch.models import decode, kernels, paged as paged_model, params as params_lib, sampled
 from rlsearch.models.config import ModelConfig
 from rlsearch.models.paged import Slice
 from rlsearch.reserve import with_sharding
@@ -26,15 +26,16 @@ class Ids(NamedTuple):
 
 
 class Sampler(NamedTuple):
-  """The engine of one host, without its devices.
+  """One engine, without its devices.
 
   Attributes:
-    config: of the policy.
-    mesh: of the host's devices.
+    config: of the policy as it holds it, of models.sampled.held.
+    mesh: of its devices.
     entry: config.engine.
     widths, own_width: pages of a path that programs are made for, and of a group's member behind the shared ones.
     shards: devices, or groups of them over tensor, that have slots and a pool of their own.
     states: of the stop strings' automaton.
+    hosts: that have its devices, config.sampler_hosts.
   """
   config: ModelConfig
   mesh: Mesh
@@ -43,6 +44,7 @@ class Sampler(NamedTuple):
   own_width: int
   shards: int
   states: int
+  hosts: int = 1
 
   @property
   def rows(self) -> int:
@@ -62,22 +64,24 @@ class Sampler(NamedTuple):
 
 
 def make(config: ModelConfig, engine: Mapping[str, Any], stops: Sequence[str], shape: Mapping[str, int],
-         devices: Sequence[jax.Device]) -> Sampler | None:
-  """Returns the paged engine of one host; None where another engine samples.
+         devices: Sequence[jax.Device], hosts: int = 1) -> Sampler | None:
+  """Returns the paged engine; None where another engine samples.
 
   Args:
     config: of the policy.
     engine: config.engine.
     stops: of the protocol.
     shape: config.sampler_mesh.
-    devices: of one host.
+    devices: of one sampler.
+    hosts: that have them.
 
   Raises:
-    ValueError: impossible sizes.
+    ValueError: impossible sizes, or a tensor axis over which the heads cannot lie.
   """
   if engine['name'] != 'paged':
     return None
   mesh = parallel.make_mesh(shape, devices, 'config.sampler_mesh')
+  kernels.check_heads(config, mesh, 'config.sampler_mesh')
   entry = {'members': 1, 'num_pages': 0, 'memory_share': 0.9, **engine}
   shards = mesh.size // mesh.shape['tensor']
   if entry['rows'] % shards or entry['rows'] // shards % entry['members']:
@@ -86,12 +90,16 @@ def make(config: ModelConfig, engine: Mapping[str, Any], stops: Sequence[str], s
   widths = memory.widths_of(entry['contexts'], entry['max_new_tokens'], entry['page_tokens'])
   own_width = (entry['page_tokens'] - 2 + entry['max_new_tokens']) // entry['page_tokens'] + 1
   states = len(stops_lib.automaton((b'',), stops))
-  return Sampler(config, mesh, entry, widths, own_width, shards, states)
+  return Sampler(sampled.held(config, mesh.shape['tensor']), mesh, entry, widths, own_width, shards, states, hosts)
+
+
+def _table(sampler: Sampler) -> params_lib.Specs:
+  return sampled.specs(params_lib.transformer_specs(sampler.config))
 
 
 def weight_bytes(sampler: Sampler) -> int:
   """Returns the bytes of one copy of the policy on one device, in the dtype of activations."""
-  return sum(memory.array_bytes(sampler.config, params_lib.transformer_specs(sampler.config), sampler.mesh))
+  return sum(memory.array_bytes(sampler.config, _table(sampler), sampler.mesh))
 
 
 def working_bytes(sampler: Sampler) -> int:
@@ -104,7 +112,7 @@ def num_pages(sampler: Sampler, free: int, platform: str, reserve: memory.Reserv
   """Returns the pages of a device's pool: config.engine.num_pages, or what engines.memory plans.
 
   Args:
-    sampler: of the host.
+    sampler: the engine.
     free: bytes of a device beside the trainer's state.
     platform: a CPU does not say what is free; there the pool holds twice the longest paths of all slots.
     reserve: for the update.
@@ -121,7 +129,7 @@ def lowered(sampler: Sampler, pages: int, ids: Ids) -> dict[str, Any]:
   """Returns functions that lower prefill and the widest slice of each lane, by name.
 
   Args:
-    sampler: of the host.
+    sampler: the engine.
     pages: of a device's pool.
     ids: of the tokenizer.
   """
@@ -131,12 +139,11 @@ def lowered(sampler: Sampler, pages: int, ids: Ids) -> dict[str, Any]:
                      share=entry['memory_share'])
   groups = (1,) if entry['members'] == 1 else (1, entry['members'])
   programs = paged_programs(sampler.config, ids, sampler.mesh, groups, entry['steps'],
-                             decode.restriction(ids.vocab_size, 0, 1.0, 0.0, {}), plan, entry['page_tokens'])
-  specs = params_lib.transformer_specs(sampler.config)
-  weights = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), specs, is_leaf=params_lib.is_param)
-  weights = with_sharding(weights, params_lib.shardings(specs, sampler.mesh))
-  shapes = jax.eval_shape(programs.unstack, weights)
-  params = with_sharding(shapes, _unstacked(specs, sampler))
+                            decode.restriction(ids.vocab_size, 0, 1.0, 0.0, {}), plan, entry['page_tokens'],
+                            sampler.hosts > 1)
+  weights = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), _table(sampler),
+                         is_leaf=params_lib.is_param)
+  params = with_sharding(jax.eval_shape(programs.unstack, weights), sampled.shardings(sampler.config, sampler.mesh))
   alone = tuple(axis for axis in sampler.mesh.axis_names if axis != 'tensor')
   mine, everywhere = NamedSharding(sampler.mesh, P(alone)), NamedSharding(sampler.mesh, P())
   heads = 'tensor' if sampler.config.num_kv_heads % sampler.mesh.shape['tensor'] == 0 else None
@@ -152,13 +159,6 @@ def lowered(sampler: Sampler, pages: int, ids: Ids) -> dict[str, Any]:
     work = _slice(sampler, members, mine)
     found[name] = lambda run=run, work=work: run._jitted.lower(params, pool, work, automaton)
   return found
-
-
-def _unstacked(specs, sampler):
-  """Shardings of what `unstack` returns: of each layer those of the stack without its first axis."""
-  whole = params_lib.shardings(specs, sampler.mesh)
-  layer = jax.tree.map(lambda s: NamedSharding(sampler.mesh, P(*s.spec[1:])), whole['layers'])
-  return {**{n: s for n, s in whole.items() if n != 'layers'}, 'layers': (layer,) * sampler.config.num_layers}
 
 
 def _slice(sampler: Sampler, members: int, mine: NamedSharding) -> Slice:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+import math
 import os
 from typing import NamedTuple
 
@@ -81,6 +82,22 @@ def get(name: str) -> Topology:
   step = min(said.chip.host_devices, said.num_devices)
   hosts = [devices[i:i + step] for i in range(0, len(devices), step)]
   return Topology(name, said.platform, said.chip, devices, said.platform == 'cpu', hosts)
+
+
+def of_sampler(topology: Topology, num_hosts: int = 1) -> Sequence[jax.Device]:
+  """Returns the devices that the programs of one sampler are compiled for: those of the first `num_hosts` hosts.
+
+  Of a TPU slice, those of a slice of the hosts' own shape: the same chips and links.  Its compile-only client places no
+  collective of more than two chips among part of a larger v5e or v6e slice ('Unexpected device_id').
+  """
+  devices = [device for host in topology.hosts[:num_hosts] for device in host]
+  if topology.platform != 'tpu' or len(devices) == len(topology.devices):
+    return devices
+  sides = [max(at) - min(at) + 1 for at in zip(*(device.coords for device in devices), strict=True)]
+  kind, dims = topology.name.rpartition('*')[2].partition(':')[0], topology.chip.dims
+  if math.prod(sides) != len(devices) or any(n > 1 for n in sides[dims:]):
+    return devices
+  return _tpu(f'{kind}:{"x".join(map(str, sides[:dims]))}', 1)
 
 
 def _tpu(name: str, slices: int) -> list[jax.Device]:

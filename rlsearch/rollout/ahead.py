@@ -30,6 +30,26 @@ class Rollout(NamedTuple):
   counts: Mapping[str, int] = {}
 
 
+def divide(rollout: Rollout, size: int) -> list[Rollout]:
+  """Returns the parts of `size` processes that sampled it together: each n-th question with its rows.
+
+  Calls go with their questions; what the sampler counted is divided equally, but for its memory (kv_*), which all have.
+  """
+  order, forest, scored = sorted(rollout.grown.forest), rollout.grown.forest, rollout.scored
+  parts = []
+  for n in range(size):
+    own = set(order[n::size])
+    of_own = lambda outcomes, own=own: {uid: o for uid, o in outcomes.items() if uid[2] in own}
+    at = [b for b, row in enumerate(rollout.rows) if row.question in own]
+    cut = lambda arrays, at=at: {name: x[at] for name, x in arrays.items()}
+    parts.append(Rollout(
+        rollout.hypers, rollout.grown._replace(forest={q: forest[q] for q in order[n::size]}, outcomes=of_own(rollout.grown.outcomes)),
+        [rollout.rows[b] for b in at], [rollout.episodes[b] for b in at],
+        Scored(cut(scored.values), cut(scored.given), scored.scored[at], of_own(scored.outcomes)),
+        {name: x if name.startswith('kv_') else x // size + (n < x % size) for name, x in rollout.counts.items()}))
+  return parts
+
+
 class Rollouts(NamedTuple):
   """The rollouts of a run's steps, at most one of them on its way.
 

@@ -20,8 +20,13 @@ class Grown(NamedTuple):
   complete: bool
 
 
+def for_one(grown: Grown, size: int) -> list[Grown]:
+  """Returns what each of `size` processes that sample together gets: the first all, the others that it is over."""
+  return [grown] + [grown._replace(forest={}, outcomes={})] * (size - 1)
+
+
 def _plant(source: Source, cursor: Cursor, num: int, render: Render) -> tuple[dict[int, Tree], Cursor]:
-  """Fresh trees for the next `num` questions of this host."""
+  """Fresh trees for the next `num` questions of this sampler."""
   positions = range(cursor.position, cursor.position + num * cursor.stride, cursor.stride)
   trees = {p: render_lib.plant(render, source.get(p)) for p in positions}
   return trees, cursor._replace(position=cursor.position + num * cursor.stride)
