@@ -25,7 +25,7 @@ NAMES = sorted(path.name for path in FOLDER.glob('*.ipynb'))
 SECONDS = 1200                                    # of one cell; the longest takes 90 on one busy core
 METHOD, MODEL = '2_your_own_method.ipynb', '3_your_own_model.ipynb'
 GAIN = re.compile(r'^(\w+): exact match ([+-][0-9.]+), invented names ([+-][0-9.]+)$', re.MULTILINE)
-HELD_OUT = re.compile(r'^(before|after) +exact match ([0-9.]+) ', re.MULTILINE)
+HELD_OUT = re.compile(r'(before|after) +exact match ([0-9.]+) ')
 MACHINE = re.compile(r'/(?:home|root|tmp|Users|usr|opt|private)/|site-packages|[A-Z]:\\')
 
 
