@@ -23,8 +23,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDER = ROOT / 'notebooks'
 NAMES = sorted(path.name for path in FOLDER.glob('*.ipynb'))
 SECONDS = 1200                                    # of one cell; the longest takes 90 on one busy core
-METHOD = '2_your_own_method.ipynb'
+METHOD, MODEL = '2_your_own_method.ipynb', '3_your_own_model.ipynb'
 GAIN = re.compile(r'^(\w+): exact match ([+-][0-9.]+), invented names ([+-][0-9.]+)$', re.MULTILINE)
+HELD_OUT = re.compile(r'(before|after) +exact match ([0-9.]+) ')
 MACHINE = re.compile(r'/(?:home|root|tmp|Users|usr|opt|private)/|site-packages|[A-Z]:\\')
 
 
@@ -32,8 +33,12 @@ def load(name: str):
   return nbformat.read(FOLDER / name, as_version=4)
 
 
+def code_of(notebook) -> list:
+  return [cell for cell in notebook.cells if cell.cell_type == 'code']
+
+
 def code(name: str) -> list:
-  return [cell for cell in load(name).cells if cell.cell_type == 'code']
+  return code_of(load(name))
 
 
 def has_image(cell) -> bool:
@@ -46,15 +51,19 @@ def texts(cell) -> str:
 
 def check_outputs(notebook) -> None:
   """A cell that plots shows a plot, and one that prints at its top level says something."""
-  for cell in notebook.cells:
-    if cell.cell_type == 'code':
-      assert has_image(cell) == ('plt.subplots(' in cell.source), cell.source
-      assert texts(cell) or not re.search('^print[(]', cell.source, re.MULTILINE), cell.source
+  for cell in code_of(notebook):
+    assert has_image(cell) == ('plt.subplots(' in cell.source), cell.source
+    assert texts(cell) or not re.search('^print[(]', cell.source, re.MULTILINE), cell.source
 
 
-def check_gains(notebook) -> None:
-  """What the second notebook says that both methods learned, read from its output."""
-  gains = {name: (float(em), float(invented)) for cell in notebook.cells if cell.cell_type == 'code'
+def check_gains(notebook, name: str) -> None:
+  """What a notebook says was learned, read from its output: by both methods of the second, by the module of the third."""
+  if name == MODEL:
+    found = dict(match for cell in code_of(notebook) for match in HELD_OUT.findall(texts(cell)))
+    assert float(found['after']) > float(found['before']) + 0.05, found
+  if name != METHOD:
+    return
+  gains = {name: (float(em), float(invented)) for cell in code_of(notebook)
            for name, em, invented in GAIN.findall(texts(cell))}
   assert gains.keys() == {'mine', 'baseline'}
   for em, invented in gains.values():
@@ -62,7 +71,7 @@ def check_gains(notebook) -> None:
 
 
 def test_there_are_notebooks():
-  assert NAMES[:2] == ['1_one_step.ipynb', METHOD]
+  assert NAMES[:3] == ['1_one_step.ipynb', METHOD, MODEL]
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -75,8 +84,7 @@ class TestStored:
 
   def test_outputs(self, name):
     check_outputs(load(name))
-    if name == METHOD:
-      check_gains(load(name))
+    check_gains(load(name), name)
 
   def test_no_error_and_no_warning(self, name):
     for cell in code(name):
@@ -159,5 +167,4 @@ def test_runs(name):
     for out in cell.get('outputs', ()):
       assert out.get('name') != 'stderr', out.text
   check_outputs(notebook)
-  if name == METHOD:
-    check_gains(notebook)
+  check_gains(notebook, name)
