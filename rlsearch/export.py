@@ -117,6 +117,9 @@ def main(argv: list[str]) -> None:
   try:
     policy = export(epath.Path(given.workdir), epath.Path(given.folder), given.dtype, given.adapters,
                     given.per_expert)
+  except KeyError as error:
+    raise SystemExit(f'error: --workdir={given.workdir}: its config has no {error}; written by another version of '
+                     'rlsearch?') from error
   except (ValueError, OSError, json.JSONDecodeError) as error:
     raise SystemExit(f'error: {error}') from error
   print(f'{given.folder}: {policy.stage}, step {policy.step}' + (f' ({policy.note})' if policy.note else ''))

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 import concurrent.futures
+import fnmatch
 import hashlib
 from typing import Any
 
@@ -12,8 +13,10 @@ from rlsearch import hosts as hosts_lib
 from rlsearch.hosts import Hosts
 
 SPLITS = ('train', 'validation', 'test')          # entries of data.source that are files, beside those that end in 'path'
-WHOLE = 1 << 30                                   # bytes of a file of which every byte counts
-BLOCKS, BLOCK = 64, 1 << 20                       # of a larger one: so many of so many bytes, the first and last among them
+READ = ('*.json', '*.safetensors', '*.model', '*.jinja', '*.jsonl', '*.parquet', '*.txt', '*.np[yz]', '*.arrow',
+        '*.[ct]sv')                               # of a folder, in no subfolder
+WHOLE = 1 << 30                                   # bytes of a file, or of a folder's files, of which every byte counts
+BLOCKS, BLOCK = 64, 1 << 20                       # of larger ones: so many of so many bytes, the first and last among them
 SECONDS = 600.0                                   # for the slowest disk; who differs is known as soon as all have read
 
 
@@ -31,31 +34,34 @@ def agree(hosts: Hosts, config: Mapping[str, Any]) -> None:
 def items(config: Mapping[str, Any]) -> dict[str, str]:
   """Returns a fingerprint of each file: of corpus, questions, index, tokenizer, model folder, adapters.
 
-  An entry is a file's if its name ends in 'path' or is one of SPLITS.  Of a folder all files count that lie in it and
-  are not hidden.  What is found here is a first net: blocks that are not looked at in files beyond WHOLE, and what
-  other entries name, are left to what the hosts compare after reading.
+  An entry is a file's if its name ends in 'path' or is one of SPLITS.  Of a folder those files count that lie in it and
+  are read (READ); of one with more than WHOLE bytes, no file whole: a host reads some 64 MiB of each.  What is found
+  here is a first net: blocks that are not looked at, and what other entries name, are left to what the hosts compare
+  after reading.
   """
-  named: dict[str, list[str]] = {}                                   # a file, and the entries that name it
+  named: dict[str, tuple[list[str], bool]] = {}                      # a file; the entries that name it, and whether whole
   for entry, path in _paths(config, 'config'):
-    for file in _files(epath.Path(path)):
-      named.setdefault(str(file), []).append(entry)
+    files = _files(path)
+    whole = sum(_size(file) for file in files) <= WHOLE
+    for file in files:
+      named.setdefault(str(file), ([], whole))[0].append(entry)
   with concurrent.futures.ThreadPoolExecutor(4) as pool:
-    found = pool.map(lambda path: fingerprint(epath.Path(path)), named)
-    return {f'{path} ({", ".join(entries)})': text for (path, entries), text in zip(named.items(), found, strict=True)}
+    found = pool.map(lambda path: fingerprint(epath.Path(path), named[path][1]), named)
+    return {f'{path} ({", ".join(entries)})': text for (path, (entries, _)), text in zip(named.items(), found, strict=True)}
 
 
-def fingerprint(path: epath.Path) -> str:
-  """Returns a file's size and SHA-256: of all its bytes, or of evenly spread blocks where it has more than WHOLE.
+def fingerprint(path: epath.Path, whole: bool = True) -> str:
+  """Returns a file's size and SHA-256: of all its bytes, or of evenly spread blocks where it has more than BLOCKS of them.
 
-  Two files of one size that differ in a single byte beyond WHOLE are taken for the same unless a block holds it:
-  64 MiB of a 4 GB file, one part in 60.  A file that another program wrote has another size, or differs everywhere.
-  Files of an object store are read the same way.
+  Two files of one size that differ in a single byte are then taken for the same unless a block holds it: 64 MiB of a
+  4 GB file, one part in 60.  A file that another program wrote has another size, or differs everywhere.  Files of an
+  object store are read the same way; what cannot be read has that as its fingerprint.
   """
   try:
     size = path.stat().length
     with path.open('rb') as file:
       total = hashlib.sha256()
-      if size <= WHOLE:
+      if whole or size <= BLOCKS * BLOCK:
         while data := file.read(BLOCK):
           total.update(data)
         return f'{size} bytes, sha256 {total.hexdigest()[:16]}'
@@ -63,8 +69,16 @@ def fingerprint(path: epath.Path) -> str:
         file.seek(i * (size - BLOCK) // (BLOCKS - 1))
         total.update(file.read(BLOCK))
       return f'{size} bytes, sha256 of {BLOCKS} blocks {total.hexdigest()[:16]}'
-  except OSError as error:
-    return f'not read ({error.strerror or type(error).__name__})'
+  except Exception as error:                                         # stores have errors of their own
+    return f'not read ({getattr(error, "strerror", None) or type(error).__name__})'
+
+
+def _size(path: epath.Path) -> int:
+  """Bytes of a file; more than WHOLE where nobody says."""
+  try:
+    return path.stat().length
+  except Exception:                                                  # its fingerprint will say why
+    return WHOLE + 1
 
 
 def _paths(config: Any, name: str) -> Iterator[tuple[str, str]]:
@@ -78,7 +92,12 @@ def _paths(config: Any, name: str) -> Iterator[tuple[str, str]]:
       yield name, config
 
 
-def _files(path: epath.Path) -> list[epath.Path]:
-  if not path.is_dir():
-    return [path]
-  return sorted(file for file in path.iterdir() if not file.name.startswith('.') and not file.is_dir())
+def _files(name: str) -> list[epath.Path]:
+  """A file, or those of a folder that are read."""
+  path = epath.Path(name)
+  try:
+    if path.is_dir():
+      return sorted(f for f in path.iterdir() if any(fnmatch.fnmatchcase(f.name, pattern) for pattern in READ))
+  except Exception:                                                  # a folder that cannot be listed: its fingerprint says so
+    pass
+  return [path]

@@ -17,7 +17,7 @@ from rlsearch.models.model import Model
 from rlsearch.rollout import layout as layout_lib, pack as pack_lib
 from rlsearch.rollout.pack import Bucket, Packed
 from rlsearch.settings import Update
-from rlsearch.types import Credit, Hypers, Layout, Params, Rewards, Snapshot, TrainState, Trajectories
+from rlsearch.types import Credit, Engine, Hypers, Layout, Params, Rewards, Snapshot, TrainState, Trajectories
 from rlsearch.update import Block, Shardings, Sums
 
 
@@ -69,6 +69,25 @@ def make_programs(model: Model, method: Method, tx: Mapping[str, optim.Group], s
                     out_shardings=(shard.state, shard.replicated), donate_argnums=0),
       shard=shard, options=options, has_reference=model.reference is not None,
       settle=jax.block_until_ready if several_cpus else lambda x: x)
+
+
+def hand_over(program: Programs, engine: Engine, to_sampler: Callable[[Params], Params], beside: bool
+              ) -> Callable[[TrainState, int], None]:
+  """Returns (state, version) -> None, which gives an engine the state's policy.
+
+  Args:
+    program: compiled functions.
+    engine: gives up what it has before it gets the new one: never are two copies there at once.
+    to_sampler: places a policy where the sampler holds it.
+    beside: it samples while the state is updated, which gives the memory of its parameters away: it wants a copy.
+  """
+  def give(state: TrainState, version: int) -> None:
+    engine.set_params(None, version)
+    params = to_sampler(program.sampler(state))
+    if beside and not program.fresh:
+      params = jax.block_until_ready(jax.tree.map(jnp.copy, params))
+    engine.set_params(params, version, beside or program.fresh)
+  return give
 
 
 def _metric_names(model: Model, method: Method, rows: int, length: int) -> Mapping[str, Any]:

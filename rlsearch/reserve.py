@@ -65,8 +65,8 @@ def trained(model: Model, optimizers: Mapping[str, optim.Group], method: Method,
 
 
 def widest(buckets: Sequence[Bucket]) -> Bucket:
-  """Returns the bucket with most tokens."""
-  return max(buckets, key=lambda b: b.rows * b.length)
+  """Returns the bucket whose programs want most: as many rows at a time as any, and the longest."""
+  return max(buckets, key=lambda b: (b.length, b.rows))
 
 
 def block(given: Trained, bucket: Bucket, longest: int) -> Block:

@@ -155,13 +155,14 @@ def check_sampler(config: Mapping[str, Any]) -> None:
                      'one order, and none beside an update; wants 0')
 
 
-def own(config: Mapping[str, Any], engine: Engine, tok: Tokenizer, model: ModelConfig | Module, workdir: epath.Path, mesh: Mesh
+def own(config: Mapping[str, Any], tok: Tokenizer, model: ModelConfig | Module, workdir: epath.Path, mesh: Mesh
         ) -> dict[str, outside.Service]:
-  """Returns the services that run on this process's own devices: 'logprob', and 'reward_module' where a stage made one.
+  """Returns the service 'reward_module' on this process's own devices, where a stage made one.
+
+  Before the engine, which takes what is free of a device for its pages.
 
   Args:
     config: of the stage.
-    engine: whose policy gives log-probabilities.
     tok: the run's.
     model: shapes of the reward module's trunk.
     workdir: of the run, which holds the folders of its stages.
@@ -170,8 +171,7 @@ def own(config: Mapping[str, Any], engine: Engine, tok: Tokenizer, model: ModelC
   Raises:
     ValueError: the stage that trains the module has not finished.
   """
-  found = {'logprob': outside.logprob_service(engine, tok)}
-  stage = config['reward_module']['stage']
+  found, stage = {}, config['reward_module']['stage']
   if stage:
     entry = config['engine']
     if not {'rows', 'contexts'} <= set(entry):
@@ -185,7 +185,7 @@ def own(config: Mapping[str, Any], engine: Engine, tok: Tokenizer, model: ModelC
     if not brought and isinstance(model, Module):
       raise ValueError('config.model.modules: a reward module beside config.model.modules.policy wants '
                        'config.model.modules.reward')
-    trunk = lambda: params_lib.kept_in(params_lib.transformer_specs(model), config['model']['frozen_dtype'])
+    trunk = lambda: params_lib.kept_in(params_lib.transformer_specs(model), model.dtype)     # in which it computes
     specs = brought.specs if brought else {'head': heads.reward_head_specs(model), 'trunk': trunk()}
     here = parallel.make_mesh({'data': -1}, mesh.local_devices)
     everywhere = jax.tree.map(lambda p: parallel.replicated(here), specs, is_leaf=params_lib.is_param)

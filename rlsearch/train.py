@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from absl import app, flags, logging
 from etils import epath
 import jax
-import jax.numpy as jnp
 from ml_collections import config_flags
 
 from rlsearch import (checkpoint, crew as crew_lib, engines, evaluate as evaluate_lib, hosts as hosts_lib, inputs, job, logs,
@@ -21,7 +20,7 @@ from rlsearch import (checkpoint, crew as crew_lib, engines, evaluate as evaluat
 from rlsearch.checkpoint import Run
 from rlsearch.evaluate import Evals
 from rlsearch.models import assembly, params as params_lib, sampled
-from rlsearch.programs import assert_one_trace_a_bucket, make_programs, update_step, used_rows
+from rlsearch.programs import assert_one_trace_a_bucket, hand_over, make_programs, update_step, used_rows
 from rlsearch.rollout import ahead, grow as grow_lib, pack as pack_lib, render as render_lib, score as score_lib
 from rlsearch.rollout import trees as trees_lib
 from rlsearch.sampling import forest as forest_lib
@@ -86,11 +85,11 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
   sampler = services.sampler_mesh(config, model.config, crew)
   hosts_lib.open_collectives(around.hosts, sampler)
   to_sampler = lambda params: parallel.to_local(params, params_lib.shardings(sampled.specs(trunk), sampler))
+  own     = services.own(config, shared.tok, model.config, folder.parent, sampler)
   entry   = {**config['engine'], **reserve.entries(config['engine'], given, buckets, length.total, sampler)}
   engine  = method_lib.resolve('engine', engines, entry, model, shared.tok, method.protocol.stops, sampler,
                                *((crew,) if crew.size > 1 else ()))
-  own     = services.own(config, engine, shared.tok, model.config, folder.parent, sampler)
-  tools   = outside.make(shared.services, **config['tools'], own=own)
+  tools   = outside.make(shared.services, **config['tools'], own={**own, 'logprob': outside.logprob_service(engine, shared.tok)})
   render  = render_lib.Render(method.protocol, shared.tok, length, config['retriever']['topk'])
   env     = services.environment(config)
   render_lib.check_prompts(render, env.train, env.splits)
@@ -121,15 +120,14 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
 
   rollouts = ahead.make(sample)
   beside   = program.options.off_policy_steps > 0             # the next step's rollout runs beside this one's update
+  give    = hand_over(program, engine, to_sampler, beside)
 
   for step in range(first, config['steps']):
     traced(step)
     with clock.part('rollout'):
       rollouts.wait()                                         # until then the engine keeps the parameters it has
     with clock.part('sync'):
-      # Beside an update the sampler wants a copy: an update gives the memory of its parameters away.
-      copied = lambda params: jax.block_until_ready(jax.tree.map(jnp.copy, params)) if beside else params
-      engine.set_params(copied(to_sampler(program.sampler(run.state))), step, beside or program.fresh)
+      give(run.state, step)
     with clock.part('eval'):
       evaluate(step, stop)
       held_out = engine.counts()                              # apart: training is compared by its own costs
@@ -190,7 +188,7 @@ def train(config: Mapping[str, Any], name: str, folder: epath.Path, start_from: 
   saved.wait()
   assert_one_trace_a_bucket(program, buckets)
   if finished:
-    engine.set_params(to_sampler(program.sampler(run.state)), config['steps'], program.fresh)
+    give(run.state, config['steps'])
     around.phase('last evaluation')
     evaluate(config['steps'], stop)
     finished = not parallel.any_host(stop())                  # else the evaluation may be cut short
@@ -252,7 +250,8 @@ def _run_stages(stages, workdir, overwrite, until, around, traced) -> bool:
       runs.add_seconds(workdir, name, ended.seconds)
       if not ended.finished:
         return False
-    start_from = left
+    if start_from is None or stages[name]['model']['reward'] != 'trained':     # that one leaves the policy as it was, rounded
+      start_from = left
     if name == until and name != names[-1]:
       print(f'{name} is finished; --until={until} leaves {names[names.index(name) + 1:]} undone')
       return True

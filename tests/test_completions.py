@@ -503,7 +503,7 @@ class TestEntries:
       settings.lengths({**stage, 'engine': {**stage['engine'], 'max_new_tokens': 8}}, one_device())
     stage = {**stage, 'reward_module': {'stage': 'module'}}
     with pytest.raises(ValueError, match=r"config\.engine\.name='completions': a reward module is read here"):
-      services.own(stage, None, TOK, MODEL.config, tmp_path, one_device())
+      services.own(stage, TOK, MODEL.config, tmp_path, one_device())
 
 
 ## In the loop.

@@ -121,6 +121,16 @@ class TestRead:
       assert bits(params) == bits(jax.tree.map(lambda x: x.astype(np.float32), weights))
       assert report.peak_held < 2 * report.largest
 
+  @pytest.mark.parametrize('stage', [False, True], ids=['direct', 'staged'])
+  def test_a_table_of_two_dtypes(self, stage, root):
+    """Linear maps in bfloat16 beside float32 norms: read in two passes, whose buffers are not there at once."""
+    config = FAMILIES['qwen2_untied']
+    kept = params_lib.kept_in(params_lib.transformer_specs(config), 'bfloat16')
+    dtypes = jax.tree.map(lambda p: p.dtype, kept, is_leaf=params_lib.is_param)
+    params, report = hf_read.read(folder_of(root, 'qwen2_untied'), shardings(config, 'all'), config, dtype=dtypes, stage=stage)
+    assert bits(params) == bits(params_lib.cast(kept, small_families.weights(config)))
+    assert report.peak_held < 2 * report.largest
+
   def test_arrays_may_be_donated(self, root):
     config = FAMILIES['qwen2']
     params, _ = hf_read.read(folder_of(root, 'qwen2'), shardings(config, 'all'), config)

@@ -41,25 +41,42 @@ class TestItems:
     (text,) = inputs.items(config(corpus=str(tmp_path / 'none'))).values()
     assert text == 'not read (No such file or directory)'
 
+  def test_a_folder_of_many_bytes_is_read_in_blocks(self, tmp_path, monkeypatch):
+    """Sixty shards just below the limit of one file would be read whole, by every host and at every start."""
+    monkeypatch.setattr(inputs, 'WHOLE', 10_000)
+    monkeypatch.setattr(inputs, 'BLOCK', 10)
+    (tmp_path / 'model').mkdir()
+    for name, size in (('config.json', 100), ('a.safetensors', 6000), ('b.safetensors', 6000), ('README.md', 5), ('x.bin', 9)):
+      (tmp_path / 'model' / name).write_bytes(b'x' * size)
+    (tmp_path / 'corpus').write_bytes(b'x' * 9000)
+    found = inputs.items(config(corpus=str(tmp_path / 'corpus'), model=str(tmp_path / 'model')))
+    in_blocks = {name.partition(' ')[0].rpartition('/')[2]: 'of 64 blocks' in text for name, text in found.items()}
+    assert in_blocks == {'corpus': False, 'config.json': False, 'a.safetensors': True, 'b.safetensors': True}
+
+  def test_a_store_that_fails_in_its_own_way_is_said(self, monkeypatch):
+    class Broken(type(epath.Path('x'))):
+      def stat(self):
+        raise RuntimeError('quota')
+    assert inputs.fingerprint(Broken('corpus')) == 'not read (RuntimeError)' and inputs._size(Broken('corpus')) > inputs.WHOLE
+
   def test_objects_of_a_store(self, monkeypatch):
     files = memory_gcs.Files(memory_gcs.Objects())
     monkeypatch.setattr(type(backend.fsspec_backend), 'fs', lambda self, path: files)
     epath.Path('gs://bucket/corpus').write_bytes(b'abc')
-    epath.Path('gs://bucket/model/a').write_bytes(b'abc')
+    epath.Path('gs://bucket/model/a.json').write_bytes(b'abc')
     found = inputs.items(config(corpus='gs://bucket/corpus', model='gs://bucket/model', train='gs://bucket/none'))
     same = '3 bytes, sha256 ba7816bf8f01cfea'
     assert {k.partition(' ')[0]: v for k, v in found.items()} == {
-        'gs://bucket/corpus': same, 'gs://bucket/model/a': same, 'gs://bucket/none': 'not read (FileNotFoundError)'}
+        'gs://bucket/corpus': same, 'gs://bucket/model/a.json': same, 'gs://bucket/none': 'not read (FileNotFoundError)'}
 
 
 class TestFingerprint:
 
   @pytest.mark.parametrize('whole, where, seen', [
-      (1 << 30, 0, True), (1 << 30, 51_234, True), (1 << 30, 99_999, True),
-      (1000, 0, True), (1000, 99_999, True), (1000, 99, True), (1000, 101, False)])
+      (True, 0, True), (True, 51_234, True), (True, 99_999, True),
+      (False, 0, True), (False, 99_999, True), (False, 99, True), (False, 101, False)])
   def test_one_byte(self, whole, where, seen, tmp_path, monkeypatch):
-    """All bytes of a file up to WHOLE; of a larger one those of its blocks, the first and the last among them."""
-    monkeypatch.setattr(inputs, 'WHOLE', whole)
+    """All bytes of a file, or those of its blocks, the first and the last among them."""
     monkeypatch.setattr(inputs, 'BLOCK', 100)
     data = bytearray(os.urandom(100_000))
     paths = [epath.Path(tmp_path / name) for name in 'abc']
@@ -67,7 +84,7 @@ class TestFingerprint:
     paths[1].write_bytes(data)
     data[where] ^= 1
     paths[2].write_bytes(data)
-    one, same, other = map(inputs.fingerprint, paths)
+    one, same, other = (inputs.fingerprint(path, whole) for path in paths)
     assert one == same and (one != other) == seen and one.startswith('100000 bytes, ')
 
 

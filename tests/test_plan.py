@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from functools import partial
 import json
+import math
 import os
 import pathlib
 import re
@@ -121,6 +122,24 @@ class TestMake:
     accumulate = update.programs[0]
     assert accumulate.arguments <= sum(items[n] for n in ('weights, policy', 'gradients')) + update.inputs + 1024
     assert accumulate.arguments > items['weights, policy'] + items['gradients']
+
+  def test_a_reward_module_lies_whole_on_each_device(self):
+    config = stage()
+    t = trainer.make(config, parallel.make_mesh({'fsdp': 8}))
+    assert resident.of_reward_module(config, t.model.config) == []
+    (item,) = resident.of_reward_module({**config, 'reward_module': {'stage': 'judge'}}, t.model.config)
+    policy = sum(math.prod(x.shape) for x in jax.tree.leaves(t.state.trainable['policy']))
+    assert item.bytes == 4 * (policy + t.model.config.width + 3)          # and its head
+
+  def test_the_vocabulary_is_the_critic_s_too_where_it_is_smaller(self, tmp_path):
+    entry = {**stage()['model'], 'tokenizer': {'path': ''}, 'critic': 'separate'}
+    small = {'num_layers': 1, 'width': 16, 'num_heads': 2, 'num_kv_heads': 1, 'head_size': 8, 'ffn': 16, 'vocab_size': 96}
+    own = {**entry, 'shape': {**small, 'vocab_size': 128}}
+    assert trainer.vocabulary(own) == 128
+    assert trainer.vocabulary({**own, 'critic_trunk': {'variant': 'tiny', 'shape': small}}) == 96
+    assert trainer.vocabulary({**own, 'critic': 'none', 'critic_trunk': {'variant': 'tiny', 'shape': small}}) == 128
+    with pytest.raises(ValueError, match=r'config\.model\.critic_trunk\.path=.*nowhere'):
+      trainer.vocabulary({**own, 'critic_trunk': {'path': str(tmp_path / 'nowhere')}})
 
   def test_totals_add_up(self, made):
     for p in made.phases:

@@ -77,7 +77,10 @@ def start_specs(model: Model) -> Specs:
 
 
 def policy_specs(model: Model) -> Specs:
-  """Returns the table of the policy's full parameters, adapters merged, in float32: what a stage leaves."""
+  """Returns the table of the policy's full parameters, adapters merged, in float32.
+
+  What a stage leaves has its shapes; its values are rounded where the stage keeps them frozen in bfloat16.
+  """
   return params_lib.kept_in(model.frozen.get('base') or model.frozen.get('policy') or model.trainable['policy'], 'float32')
 
 

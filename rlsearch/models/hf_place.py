@@ -238,12 +238,13 @@ def count(spans: Sequence[Span]) -> int:
 
 def direct(desk: Desk, jobs: Sequence[Job], dtype: np.dtype) -> list[jax.Array]:
   """Returns the jobs' arrays on CPU devices, filled by threads; each device's memory is the array that was filled."""
-  own, size = threading.local(), desk.chunk - SPARE - 3 * PAGE
+  own, taken, size = threading.local(), [], desk.chunk - SPARE - 3 * PAGE
   small = size < max(4 * SPARE, desk.widest)  # too little to give a part of it away
 
   def run(task: Task) -> None:
     if not hasattr(own, 'parts'):
       desk.hold(desk.chunk)
+      taken.append(desk.chunk)
       buffer = np.empty(desk.chunk, np.uint8) if small else file_bytes.aligned((desk.chunk - PAGE,), np.uint8, PAGE)
       own.parts = (buffer, None) if small else (buffer[SPARE:], buffer[:SPARE])
     fetch_rows(desk, task, *own.parts)
@@ -263,6 +264,7 @@ def direct(desk: Desk, jobs: Sequence[Job], dtype: np.dtype) -> list[jax.Array]:
     except BaseException:
       pool.shutdown(cancel_futures=True)
       raise
+  desk.hold(-sum(taken))                                       # the threads have ended, and their buffers with them
   return [_join(job, held) for job, held in zip(jobs, arrays, strict=True)]
 
 

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
-from rlsearch.models import hf_place, hf_table
+from rlsearch.models import file_bytes, hf_place, hf_table
+from rlsearch.models.file_bytes import PAGE
 from rlsearch.models.hf_place import STORED, Desk, Held, Job
 from rlsearch.models.hf_table import Span
 from rlsearch.models.params import Param
@@ -95,9 +96,10 @@ def _send(desk: Desk, job: Job, places: Span, rows: Span) -> tuple[int, dict[jax
   for task in hf_place.tasks(job, held, desk.chunk // 2, places, rows):
     straight = hf_place.in_place(task, stored) is not None
     if buffer is None and not straight:
-      scratch = max(desk.chunk // 2, task.tensor.shape[-1] * stored.itemsize)
+      pages = 3 * PAGE if desk.chunk >= 64 * PAGE else 0       # to be aligned and two more, where they are a small part
+      scratch = max(desk.chunk // 2, task.tensor.shape[-1] * stored.itemsize) + pages
       desk.hold(scratch)
-      buffer = np.empty(scratch, np.uint8)
+      buffer = file_bytes.aligned((scratch - PAGE,), np.uint8, PAGE) if pages else np.empty(scratch, np.uint8)
     hf_place.fetch_rows(desk, task, None if straight else buffer)
   del buffer
   desk.hold(-scratch)

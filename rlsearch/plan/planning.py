@@ -129,7 +129,8 @@ def make(config: Mapping[str, Any], topology: Topology, bucket: Bucket, phases: 
                      'of so many')
   s = sampler_lib.make(t.model.config, config['engine'], t.method.protocol.stops, config['sampler_mesh'],
                        topology_lib.of_sampler(topology, together), together)
-  held, limit = resident.of_trainer(t), topology.chip.hbm_bytes
+  held = [*resident.of_trainer(t), *resident.of_reward_module(config, t.model.config)]
+  limit = topology.chip.hbm_bytes
   kept, handed, notes = (), (), []
   if not topology.ahead:
     notes.append('temporaries and collectives are those of a CPU\'s compiler for the same mesh')

@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 import numpy as np
 
 from rlsearch import parallel
-from rlsearch.models import params as params_lib
+from rlsearch.models import heads, params as params_lib
+from rlsearch.models.config import ModelConfig
 from rlsearch.plan import sampler as sampler_lib
 from rlsearch.plan.sampler import Sampler
 from rlsearch.plan.trainer import Trainer
@@ -48,6 +49,14 @@ def of_trainer(trainer: Trainer) -> list[Item]:
   return [*(Item(f'weights, {name}', device_bytes(tree)) for name, tree in state.trainable.items()),
           *(Item(f'moments, {name}', device_bytes(tree)) for name, tree in state.opt_state.items()),
           *(Item(f'frozen, {name}', device_bytes(tree)) for name, tree in state.frozen.items())]
+
+
+def of_reward_module(config: Mapping[str, Any], model: ModelConfig) -> list[Item]:
+  """Returns the reward module that an earlier stage trained, whole on each device; nothing where the config has none."""
+  if not config['reward_module']['stage']:
+    return []
+  trunk = params_lib.count(params_lib.transformer_specs(model)) * np.dtype(model.dtype).itemsize
+  return [Item('reward module', trunk + 4 * params_lib.count(heads.reward_head_specs(model)))]
 
 
 def of_sampler(sampler: Sampler, pages: int) -> list[Item]:

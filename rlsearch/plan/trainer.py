@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from rlsearch import method as method_lib, programs, reserve, settings, update
 from rlsearch.engines.memory import Reserve
 from rlsearch.method import Method
-from rlsearch.models import assembly, variants
+from rlsearch.models import assembly, model as models
 from rlsearch.models.model import Model
 from rlsearch.plan.compiling import Compiled
 from rlsearch.reserve import Trained
@@ -47,8 +47,8 @@ def vocabulary(model: Mapping[str, Any]) -> int:
   entry = model['tokenizer']
   if 'vocab_size' in entry:
     return int(entry['vocab_size'])
-  resolve = lambda said: variants.resolve(said['variant'], dict(said.get('shape', {}))).vocab_size
-  return min([resolve(model), *([resolve(model['critic_trunk'])] if model['critic_trunk'] else [])])
+  critic = models.critic_shape(model, 1)
+  return min(shape.vocab_size for shape in (models.shape_of(model, 1), critic) if shape is not None)
 
 
 def make(config: Mapping[str, Any], mesh: Mesh) -> Trainer:
