@@ -58,7 +58,8 @@ def init(model: Model, optimizers: Mapping[str, optim.Group], seed: int, shard: 
     model, optimizers: of the stage.
     seed: of the initial values.
     shard: where they go.
-    policy: parameters that the stage before left, donated; the optimizers start afresh.
+    policy: parameters that the stage before left; given up where they lie on the devices already, as `shard` has them.
+      The optimizers start afresh.
   """
   def make(policy):
     trainable, frozen = model.init(jax.random.key(seed))
@@ -66,7 +67,8 @@ def init(model: Model, optimizers: Mapping[str, optim.Group], seed: int, shard: 
       trainable, frozen = model.start(trainable, frozen, policy)
     opt_state = {name: group.tx.init(trainable[name]) for name, group in optimizers.items()}
     return TrainState(jnp.int32(0), trainable, frozen, opt_state)
-  return jax.jit(make, out_shardings=shard.state, donate_argnums=0)(policy)
+  placed = all(getattr(x, 'committed', False) for x in jax.tree.leaves(policy))       # else XLA chooses where they go
+  return jax.jit(make, out_shardings=shard.state, donate_argnums=(0,) if placed else ())(policy)
 
 
 def zeros(model: Model, metrics: Mapping[str, Any], shard: Shardings) -> Callable[[], Sums]:

@@ -179,6 +179,20 @@ class TestMesh:
         found += 1
     assert found == len(where) * (2 if make is adamw else 1) + (0 if make is adamw else 7)
 
+  @pytest.mark.slow
+  def test_starts_from_a_policy_wherever_that_lies(self):
+    """Host arrays, or some that XLA may move, cannot be given up for parts of a mesh; those that lie there are."""
+    mesh = mesh_of(dict(data=2, fsdp=2, tensor=2))
+    small_model = models.make(small.shape(num_layers=1))
+    groups = {'policy': adamw(small_model.trainable['policy'])}
+    shard = update.shardings(small_model, groups, mesh)
+    wanted = small.weights(small_model.config)
+    there = jax.device_put(wanted, shard.state.trainable['policy'])
+    for policy in (jax.device_get(wanted), wanted, there):
+      state = update.init(small_model, groups, 3, shard, policy)
+      assert small.same(state.trainable['policy'], jax.device_get(wanted))
+    assert any(x.is_deleted() for x in jax.tree.leaves(there)) and not any(x.is_deleted() for x in jax.tree.leaves(wanted))
+
   @pytest.mark.slow                                        # eight random arrays in one program compile for long
   def test_a_state_is_born_where_it_belongs(self):
     mesh = mesh_of(dict(data=2, fsdp=2, tensor=2))
