@@ -128,7 +128,8 @@ def supervise(job: Callable[[], Sequence[Process]], restarts: int, grace: float 
   Args:
     job: makes the processes of an attempt.
     restarts: how often at most.
-    grace: seconds that the others have to end when one has failed, before they are killed.
+    grace: seconds that the others have to end when one has failed, before they are killed; and before they are told,
+      where that one was stopped.
   """
   asked = {'stop': False}
   handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -170,17 +171,21 @@ def _attempt(processes: Sequence[Process], asked: Mapping[str, bool], grace: flo
         own.stdin.flush()
       except OSError:                                    # it has ended; its exit code tells
         pass
-  told, deadline = False, float('inf')
+  told, since, deadline = False, float('inf'), float('inf')
   while any(r.poll() is None for r in running):
-    failed = any(r.poll() for r in running)
-    if not told and (asked['stop'] or failed):
+    now, codes = time.monotonic(), [r.poll() for r in running]
+    failed = any(codes)
+    since = min(since, now) if failed else since
+    # One that was stopped has agreed on that with the others, which are about to end: a signal would only cut that short.
+    ending = all(code in (None, 0, STOPPED) for code in codes) and now < since + grace
+    if not told and (asked['stop'] or failed and not ending):
       told = True
-      deadline = time.monotonic() + (grace if failed else float('inf'))
+      deadline = now + (grace if failed else float('inf'))
       for process, own in zip(processes, running, strict=True):
         _end(process, own)
-    elif failed and deadline == float('inf'):
-      deadline = time.monotonic() + grace
-    if time.monotonic() > deadline:
+    elif told and failed and deadline == float('inf'):
+      deadline = now + grace
+    if now > deadline:
       for own in running:
         own.kill()
     time.sleep(0.05)

@@ -166,6 +166,13 @@ class TestSupervise:
     assert commands.supervise(self.job('sleep 0.5; exit 75', stubborn), 0, grace=0.5) == commands.AGAIN
     assert 'exit codes [75, -9]' in capsys.readouterr().out
 
+  def test_after_a_stop_the_others_end_by_themselves(self, capsys):
+    """A signal would cut off what they are about; one that does not end is told after the grace."""
+    assert commands.supervise(self.job('exit 3', 'sleep 1; exit 3'), 0, grace=5.0) == commands.AGAIN
+    assert 'exit codes [3, 3]' in capsys.readouterr().out
+    assert commands.supervise(self.job('exit 3', 'exec sleep 30'), 0, grace=0.5) == commands.AGAIN
+    assert 'exit codes [3, -15]' in capsys.readouterr().out
+
   def test_ends_after_so_many_times(self, tmp_path, capsys):
     assert commands.supervise(self.job(f'echo x >> {tmp_path}/starts; exit 75'), 2) == commands.AGAIN
     assert (tmp_path / 'starts').read_text() == 'x\n' * 3 and 'failed 3 times' in capsys.readouterr().out
