@@ -25,7 +25,6 @@ from rlsearch.hosts import Absent, Hosts
 
 T = TypeVar('T')
 Stop = Callable[[], bool]
-Divide = Callable[[T, int], Sequence[T]]
 
 _JOIN_SECONDS = 1800.0             # for all to come: reading data lies before it
 _REACH_SECONDS = 300.0             # to connect, once they are there

@@ -61,15 +61,22 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 def _arranged(devices: Sequence[jax.Device], sizes: Sequence[int]) -> np.ndarray:
   """The devices in the mesh's shape: neighbours along its last axes where the machine has an arrangement."""
-  if devices[0].platform != 'tpu':
+  if devices[0].platform != 'tpu' or sizes[0] == 1 and not box(devices):
     return np.asarray(devices).reshape(sizes)
   try:
     if sizes[0] > 1:
       return mesh_utils.create_hybrid_device_mesh((1, *sizes[1:]), (sizes[0],) + (1,) * (len(sizes) - 1), devices,
                                                   allow_split_physical_axes=True)
     return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-  except (NotImplementedError, AssertionError):                # none of that shape is known, or they are no cuboid
+  except NotImplementedError:                                  # no arrangement of that shape is known
     return np.asarray(devices).reshape(sizes)
+
+
+def box(devices: Sequence[jax.Device]) -> tuple[int, ...]:
+  """Returns the sides of the box of chips that TPU devices fill; () where they fill none, or lie in several slices."""
+  sides = tuple(max(at) - min(at) + 1 for at in zip(*(device.coords for device in devices), strict=True))
+  cores = {getattr(device, 'core_on_chip', 0) for device in devices}        # of older chips two are devices
+  return sides if math.prod(sides) * len(cores) == len(devices) else ()
 
 
 def around() -> AbstractMesh | None:

@@ -1,6 +1,8 @@
 """Meshes, the rules from logical to mesh axes, and rows to devices and back."""
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 from jax.sharding import AxisType, PartitionSpec as P
 import numpy as np
@@ -39,6 +41,26 @@ class TestMakeMesh:
   def test_impossible(self, shape, message):
     with pytest.raises(ValueError, match=message):
       parallel.make_mesh(shape)
+
+
+class TestBox:
+
+  def chips(self, *coords):
+    return [SimpleNamespace(platform='tpu', coords=at) for at in coords]
+
+  def test_sides(self):
+    host = [(x, y, 0) for x in (4, 5) for y in (2, 3)]
+    assert parallel.box(self.chips(*host)) == (2, 2, 1)
+    cores = [SimpleNamespace(coords=at, core_on_chip=i) for at in host for i in range(2)]
+    assert parallel.box(cores) == (2, 2, 1)
+    assert parallel.box(self.chips(*host, *host)) == ()                     # the same places of two slices
+    assert parallel.box(self.chips(*host[:3])) == ()
+
+  def test_chips_that_are_none_keep_their_order(self, monkeypatch):
+    """Three hosts of a slice form an L: JAX knows no arrangement of it, and fails on an assertion."""
+    monkeypatch.setattr(parallel.mesh_utils, 'create_device_mesh', lambda *args, **kwargs: pytest.fail('asked for one'))
+    devices = self.chips((0, 0, 0), (1, 0, 0), (0, 1, 0))
+    assert parallel._arranged(devices, [1, 3, 1]).ravel().tolist() == devices
 
 
 class TestSpec:

@@ -2,12 +2,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-import math
 import os
 from typing import NamedTuple
 
 import jax
 
+from rlsearch import parallel
 from rlsearch.plan import chips, compiling
 from rlsearch.plan.chips import Chip
 
@@ -93,9 +93,9 @@ def of_sampler(topology: Topology, num_hosts: int = 1) -> Sequence[jax.Device]:
   devices = [device for host in topology.hosts[:num_hosts] for device in host]
   if topology.platform != 'tpu' or len(devices) == len(topology.devices):
     return devices
-  sides = [max(at) - min(at) + 1 for at in zip(*(device.coords for device in devices), strict=True)]
+  sides = parallel.box(devices)
   kind, dims = topology.name.rpartition('*')[2].partition(':')[0], topology.chip.dims
-  if math.prod(sides) != len(devices) or any(n > 1 for n in sides[dims:]):
+  if not sides or any(n > 1 for n in sides[dims:]):
     return devices
   return _tpu(f'{kind}:{"x".join(map(str, sides[:dims]))}', 1)
 
